@@ -1,0 +1,1 @@
+"""PSKD: progressive self-knowledge distillation for image classifiers, at scale."""

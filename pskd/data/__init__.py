@@ -1,0 +1,1 @@
+"""Data: what the samples are (`catalog`), and how ids become a `Batch` (`arrays`)."""

@@ -1,0 +1,91 @@
+"""Resident images: one uint8 tensor on the training device, augmented by vectorised gathers.
+
+Letters: N samples of the split, B of the batch, C = 3 channels (grey is repeated), H, W pixels.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pskd import draws
+from pskd.data.batch import Batch
+from pskd.data.catalog import Catalog, Split
+from pskd.order import MicroBatch
+
+
+class ArrayData:
+    """The two splits of a catalog on a device, and the augmentation of the training split."""
+
+    def __init__(
+        self, catalog: Catalog, device: torch.device, seed: int, crop_padding: int, flip: bool
+    ) -> None:
+        self._device = device
+        self._seed = seed
+        self._padding = crop_padding
+        self._flip = flip
+        self._images_NCHW, self._labels_N = _resident(catalog.train, device)
+        self._validation_NCHW, self._validation_labels_N = _resident(catalog.validation, device)
+        self._mean_C11 = torch.tensor(catalog.mean, device=device)[:, None, None] * 255
+        self._std_C11 = torch.tensor(catalog.std, device=device)[:, None, None] * 255
+
+    def train_batch(self, micro: MicroBatch) -> Batch:
+        """The samples of a micro-batch, augmented by the draws of its epoch."""
+        ids_B = torch.from_numpy(micro.ids_B)
+        index_B = ids_B.to(self._device)
+        y_BH, x_BW = (
+            torch.from_numpy(grid).to(self._device)
+            for grid in draws.crop_grid(
+                self._seed,
+                micro.epoch,
+                micro.ids_B,
+                height=self._images_NCHW.shape[2],
+                width=self._images_NCHW.shape[3],
+                padding=self._padding,
+                flip=self._flip,
+            )
+        )
+        images_BCHW = _gather(self._images_NCHW[index_B], y_BH, x_BW)
+        return Batch(
+            ids_B=ids_B,
+            images_BCHW=self._normalise(images_BCHW),
+            labels_B=self._labels_N[index_B],
+            weight_B=torch.ones(len(ids_B), device=self._device),
+        )
+
+    def validation_batches(
+        self, rank: int, world: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of the rank's contiguous share; every sample is in one share."""
+        n = len(self._validation_labels_N)
+        low, high = rank * n // world, (rank + 1) * n // world
+        for start in range(low, high, batch_size):
+            stop = min(start + batch_size, high)
+            images_BCHW = self._normalise(self._validation_NCHW[start:stop])
+            yield images_BCHW, self._validation_labels_N[start:stop]
+
+    def _normalise(self, images_BCHW: Tensor) -> Tensor:
+        scaled_BCHW = (images_BCHW.float() - self._mean_C11) / self._std_C11
+        return scaled_BCHW.expand(-1, 3, -1, -1).contiguous()
+
+
+def _resident(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+    images_NCHW = torch.from_numpy(split.images_NHWC).permute(0, 3, 1, 2).contiguous()
+    return images_NCHW.to(device), torch.from_numpy(split.labels_N).to(device)
+
+
+def _gather(images_BCHW: Tensor, y_BH: Tensor, x_BW: Tensor) -> Tensor:
+    """Pixels at rows y_BH and columns x_BW; black where they lie outside the image."""
+    height, width = images_BCHW.shape[2:]
+    inside_BHW = ((y_BH >= 0) & (y_BH < height))[:, :, None] & ((x_BW >= 0) & (x_BW < width))[
+        :, None, :
+    ]
+    b_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
+    # Advanced indices around the channel slice put it last: (B, H, W, C).
+    pixels_BHWC = images_BCHW[
+        b_B[:, None, None],
+        :,
+        y_BH.clamp(0, height - 1)[:, :, None],
+        x_BW.clamp(0, width - 1)[:, None, :],
+    ]
+    return pixels_BHWC.permute(0, 3, 1, 2) * inside_BHW[:, None]
