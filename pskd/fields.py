@@ -1,0 +1,32 @@
+"""Tagged configuration fields, and the checks that sections share.
+
+Every field says what a change of it means for a run that is resumed in place:
+`numerics` changes the result and is refused; `speed` and `output` do not and are allowed.
+"""
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any
+
+from pskd.errors import PskdError
+
+
+def _tagged(tag: str) -> Callable[[Any, str], Any]:
+    def make(default: Any, help: str) -> Any:
+        metadata = {"tag": tag, "help": help}
+        if isinstance(default, list):
+            return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default=default, metadata=metadata)
+
+    return make
+
+
+numerics = _tagged("numerics")
+speed = _tagged("speed")
+output = _tagged("output")
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise a PskdError that names key, value and remedy unless the condition holds."""
+    if not condition:
+        raise PskdError(f"{key} is {value}: {remedy}")

@@ -1,0 +1,1 @@
+"""Training methods: one short module each, one interface (`interface.py`), one registry."""

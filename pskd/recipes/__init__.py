@@ -1,0 +1,1 @@
+"""Recipes: one short YAML each, selected by name."""
