@@ -1,0 +1,165 @@
+"""A checkpoint is a transaction: the state of the whole run, whole or not there at all.
+
+    checkpoints/latest                       name of the newest
+    checkpoints/<epoch>-<step>/state.pt      what was registered; loads with weights_only=True
+    checkpoints/<epoch>-<step>/manifest.json serial number, store list, sha256 of state.pt
+
+Written aside, fsynced, renamed, `latest` last. <epoch>-<step> is the next step to train.
+"""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from pskd.errors import PskdError
+from pskd.files import sha256_of, sync_directory, write_atomically
+
+_VERSION = 1
+
+
+class Stateful(Protocol):
+    """Whatever has state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts of them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        ...
+
+
+class Position(NamedTuple):
+    """The next step to train, 0-based."""
+
+    epoch: int
+    step: int
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's directory."""
+        return f"{self.epoch:06d}-{self.step:08d}"
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self._directory = directory
+        self._keep = keep
+        self._parts: dict[str, Stateful] = {}
+
+    def register(self, name: str, part: Stateful) -> None:
+        """From now on, save and load this part under this name."""
+        assert name not in self._parts, f"{name} is registered twice"
+        self._parts[name] = part
+
+    def prepare(self) -> None:
+        """Rank 0, at start: remove what a killed process left half written."""
+        self._directory.mkdir(exist_ok=True)
+        for aside in self._directory.glob(".*.tmp"):
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+
+    def save(self, position: Position) -> list[dict[str, Any]]:
+        """Rank 0: save everything registered; returns the manifests of the retained checkpoints.
+
+        Raises:
+            PskdError: the disk is full or failed; the previous checkpoint is untouched.
+        """
+        final = self._directory / position.name
+        aside = self._directory / f".{position.name}.tmp"
+        if self.latest() == position.name:
+            return self._retain()  # asked to stop right after a resume: it is there already
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            state = {name: part.state_dict() for name, part in self._parts.items()}
+            with (aside / "state.pt").open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            manifest = {
+                "version": _VERSION,
+                "serial": 1 + max((m["serial"] for m in self._manifests().values()), default=0),
+                "epoch": position.epoch,
+                "step": position.step,
+                "store": state.get("store"),
+                "sha256": {"state.pt": sha256_of(aside / "state.pt")},
+            }
+            write_atomically(aside / "manifest.json", json.dumps(manifest).encode())
+            # A process killed before it could write `latest` leaves the same content: replace it.
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            sync_directory(self._directory)
+            write_atomically(self._directory / "latest", position.name.encode())
+            return self._retain()
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise PskdError(
+                f"checkpoint {final} cannot be written: {error.strerror}. The run can be resumed "
+                "from the one before: free some space and start again."
+            ) from error
+
+    def latest(self) -> str | None:
+        """Name of the newest checkpoint, or None."""
+        path = self._directory / "latest"
+        return path.read_text().strip() if path.exists() else None
+
+    def read(self, name: str) -> tuple[Position, dict[str, Any]]:
+        """Verify and read a checkpoint; touches nothing.
+
+        Raises:
+            PskdError: missing or damaged; names the file.
+        """
+        directory = self._directory / name
+        try:
+            manifest = json.loads((directory / "manifest.json").read_text())
+            if manifest["version"] != _VERSION:
+                raise PskdError(
+                    f"checkpoint {directory} has version {manifest['version']}, "
+                    f"this program reads version {_VERSION}."
+                )
+            for file, digest in manifest["sha256"].items():
+                if sha256_of(directory / file) != digest:
+                    raise PskdError(
+                        f"checkpoint file {directory / file} is damaged (sha256 differs). "
+                        f"{self._remedy(name)}"
+                    )
+            state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise PskdError(
+                f"checkpoint {directory} cannot be read: {error}. {self._remedy(name)}"
+            ) from error
+        return Position(manifest["epoch"], manifest["step"]), state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Hand each registered part its state."""
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+
+    def _manifests(self) -> dict[str, dict[str, Any]]:
+        """Of every checkpoint that is whole enough to have a readable one."""
+        found = {}
+        for path in self._directory.glob("[0-9]*/manifest.json"):
+            with suppress(ValueError):
+                found[path.parent.name] = json.loads(path.read_text())
+        return found
+
+    def _retain(self) -> list[dict[str, Any]]:
+        """Keep the newest by serial number: after a resume from an older one, names go back."""
+        manifests = self._manifests()
+        by_age = sorted(manifests, key=lambda name: manifests[name]["serial"])
+        for name in by_age[: -self._keep]:
+            shutil.rmtree(self._directory / name)
+        return [manifests[name] for name in by_age[-self._keep :]]
+
+    def _remedy(self, name: str) -> str:
+        others = sorted(set(self._manifests()) - {name})
+        if not others:
+            return "There is no other checkpoint: start a new run."
+        return f"To resume from the one before, write {others[-1]} into {self._directory}/latest."

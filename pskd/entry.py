@@ -1,0 +1,19 @@
+"""Parse, run, exit code. A refused command line costs no torch import."""
+
+import sys
+
+from pskd import config, launch
+from pskd.errors import EXIT_FAILED, PskdError
+
+
+def main(argv: list[str]) -> int:
+    """Train; returns the exit code. Every rank sees the same command line, so rank 0 speaks."""
+    try:
+        invocation = config.load(argv)
+    except PskdError as error:
+        if launch.rank() == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return EXIT_FAILED
+    from pskd import job  # noqa: PLC0415  (torch and DeepSpeed: 5 s)
+
+    return job.run(invocation)

@@ -1,0 +1,91 @@
+"""What the launcher says about this process, and its tie to the launcher's life. No torch.
+
+torchrun and deepspeed set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without a
+launcher we set them ourselves: DeepSpeed would look for mpi4py otherwise.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+from dataclasses import dataclass
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The place of this process among all: ranks are 0-based."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    launched: bool  # by torchrun or deepspeed; False for plain `python train.py`
+
+
+def rank() -> int:
+    """The rank that the launcher gave this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def from_environment() -> Launch:
+    """Read the launcher's variables, or set those of a single process."""
+    launched = "RANK" in os.environ
+    if not launched:
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
+    env = os.environ
+    local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"
+    return Launch(
+        rank=int(env["RANK"]),
+        local_rank=int(env.get("LOCAL_RANK", "0")),
+        world_size=int(env["WORLD_SIZE"]),
+        local_world_size=int(local_size),
+        launched=launched,
+    )
+
+
+def die_with_launcher() -> None:
+    """End this process when the launcher ends, however it ends.
+
+    torch starts workers in sessions of their own, so they outlive a killed torchrun. The kernel's
+    parent-death signal ends them; a parent that died before the call shows in a changed ppid.
+    """
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def choose_interface() -> None:
+    """Let gloo use the interface that routes to the master, unless the user chose one.
+
+    gloo binds what the host name resolves to, which is loopback on many hosts.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ["MASTER_ADDR"], 9))  # UDP: sends nothing
+        except OSError:
+            return  # an unreachable master is named by the rendezvous itself
+        address = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

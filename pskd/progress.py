@@ -1,0 +1,66 @@
+"""What rank 0 says while it trains: a bar on a terminal, plain lines elsewhere."""
+
+import logging
+import sys
+import time
+from typing import Any, Self
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 30.0
+
+log = logging.getLogger("pskd")
+
+
+class Progress:
+    """Progress of one epoch in images; the loss shown is that of the step before."""
+
+    def __init__(self, label: str, images: int, constants: dict[str, float]) -> None:
+        self._label = label
+        self._images = images
+        self._constants = {name: f"{value:.4g}" for name, value in constants.items()}
+        self._done = 0
+        self._start = self._said = time.monotonic()
+        self._speaks = log.isEnabledFor(logging.INFO)
+        self._bar: tqdm[Any] | None = None
+        if self._speaks and sys.stderr.isatty():
+            self._bar = tqdm(total=images, desc=label, unit=" images", leave=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, images: int, loss: float) -> None:
+        """One more step is queued."""
+        self._done += images
+        if self._bar is not None:
+            self._bar.set_postfix({"loss": f"{loss:.4f}", **self._constants}, refresh=False)
+            self._bar.update(images)
+            return
+        now = time.monotonic()
+        if self._speaks and now - self._said >= LINE_EVERY_S:
+            self._said = now
+            constants = "".join(f", {name} {value}" for name, value in self._constants.items())
+            log.info(
+                "%s: %d of %d images, loss %.4f%s, %.0f images/s",
+                self._label,
+                self._done,
+                self._images,
+                loss,
+                constants,
+                self._done / (now - self._start),
+            )
+
+
+def readable(line: dict[str, Any]) -> str:
+    """A line of metrics.jsonl for people."""
+    alpha = f"alpha {line['alpha']:.2f}, " if "alpha" in line else ""
+    top5 = f"top-5 error {line['top5_error']:.2f} %, " if line["top5_error"] is not None else ""
+    return (
+        f"loss {line['train_loss']:.4f}, {alpha}top-1 error {line['top1_error']:.2f} %, {top5}"
+        f"NLL {line['nll']:.4f}, ECE {line['ece']:.2f} %, AURC {line['aurc']:.2f}, "
+        f"{line['images_per_s']:.0f} images/s"
+    )

@@ -1,0 +1,211 @@
+"""The run directory: its paths, its lock, its status, what is logged in it.
+
+config.yaml     resolved configuration          status.json    running | stopped | complete | failed
+env.json        one entry for each start        metrics.jsonl  one line an epoch
+result.json     measures of last and best       lock           held by rank 0 of the running job
+checkpoints/    resumable states                models/        weights for plain torch
+store/          past predictions
+"""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from pskd.config import Config
+from pskd.errors import PskdError
+from pskd.files import write_atomically
+
+HEARTBEAT_S = 5.0
+
+
+class RunDir:
+    """Paths and small files of one run. Only rank 0 writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.store = path / "store"
+        self.models = path / "models"
+        self._lock: IO[str] | None = None
+
+    def acquire(self, wait_s: float) -> None:
+        """Make the directory and own it until this process ends, by a kernel lock.
+
+        Raises:
+            PskdError: not writable, or still owned after `wait_s` seconds (a dying owner needs
+                a moment).
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise PskdError(
+                f"run directory {self.path} cannot be written: {error.strerror}. "
+                "Choose another with --run.dir, or change its permissions."
+            ) from error
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    owner = lock.read().strip() or "an unknown process"
+                    raise PskdError(
+                        f"run directory {self.path} is in use by {owner} "
+                        f"(last heartbeat {self._heartbeat_age()}). "
+                        "Stop that job, or choose another --run.dir."
+                    ) from None
+                time.sleep(0.2)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file, atomically."""
+        write_atomically(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file, or None if there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replace metrics.jsonl: exactly one line an epoch, after any restarts."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self.path / "metrics.jsonl", text.encode())
+
+    def reconcile(self, config: Config) -> None:
+        """Save the configuration, or compare it with the one that the run began with.
+
+        Raises:
+            PskdError: a value that changes the result differs; names each.
+        """
+        path = self.path / "config.yaml"
+        if path.exists():
+            saved = yaml.safe_load(path.read_text())
+            changes = []
+            for key, value in config.values("numerics").items():
+                section, _, name = key.partition(".")
+                before = saved.get(section, {}).get(name)
+                if before != value:
+                    changes.append(f"{key} was {before}, now {value}")
+            if changes:
+                raise PskdError(
+                    f"{self.path} holds a run of another configuration: {'; '.join(changes)}. "
+                    "Use the old values, or another --run.dir."
+                )
+        write_atomically(path, config.to_yaml().encode())
+
+    def record_start(self, facts: dict[str, Any]) -> tuple[int, list[str]]:
+        """Append this start to env.json; returns its number and what differs from the last one.
+
+        The facts decide whether weights can be equal to the bit (design: same software, CPU
+        instruction set, threads and world).
+        """
+        starts: list[dict[str, Any]] = self.read_json("env.json") or []
+        changes = []
+        if starts:
+            before = starts[-1]["facts"]
+            changes = [
+                f"{key} was {before.get(key)}, now {value}"
+                for key, value in facts.items()
+                if before.get(key) != value
+            ]
+        entry = {
+            "start": len(starts),
+            "time": time.time(),
+            "host": platform.node(),
+            "command": sys.argv,
+            "facts": facts,
+        }
+        self.write_json("env.json", [*starts, entry])
+        return len(starts), changes
+
+    def _heartbeat_age(self) -> str:
+        status = self.read_json("status.json")
+        return f"{time.time() - status['heartbeat']:.0f} s ago" if status else "never"
+
+
+class Status:
+    """status.json: the truth about the run, for launch scripts and health checks.
+
+    state: running | stopped | complete | failed. heartbeat: Unix time of the last progress, s.
+    """
+
+    def __init__(self, run: RunDir, epochs: int) -> None:
+        self._run = run
+        self._value: dict[str, Any] = {
+            "state": "running",
+            "reason": None,
+            "epoch": 0,
+            "epochs": epochs,
+            "step": 0,
+            "host": platform.node(),
+            "pid": os.getpid(),
+        }
+        self._next_beat = 0.0
+
+    def beat(self, epoch: int, step: int) -> None:
+        """Note progress; written at most every few seconds."""
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + HEARTBEAT_S
+            self.write("running", None, epoch, step)
+
+    def write(self, state: str, reason: str | None, epoch: int, step: int) -> None:
+        """Replace the file."""
+        self._value.update(state=state, reason=reason, epoch=epoch, step=step)
+        self._run.write_json("status.json", {**self._value, "heartbeat": time.time()})
+
+
+def fail(path: Path, reason: str) -> bool:
+    """Any rank: say in status.json why the run failed.
+
+    Returns whether this rank was the first to say so; the others have nothing to add.
+    """
+    run = RunDir(path)
+    with (path / "status.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status = run.read_json("status.json")
+        if status is None or status["state"] != "running":
+            return False
+        run.write_json(
+            "status.json",
+            {**status, "state": "failed", "reason": reason, "heartbeat": time.time()},
+        )
+        return True
+
+
+def new_path(root: Path, label: str) -> Path:
+    """Make `root/NNNN-label`, the next free number.
+
+    Raises:
+        PskdError: root cannot be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        number = 1 + max(
+            (int(p.name[:4]) for p in root.iterdir() if p.name[:4].isdigit()), default=0
+        )
+        while True:
+            path = root / f"{number:04d}-{label}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise PskdError(
+            f"run.root {root} cannot be written: {error.strerror}. Choose another --run.root."
+        ) from error

@@ -1,0 +1,301 @@
+"""The loop, readable top to bottom.
+
+Letters: B samples of a step on this rank, C classes.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pskd.checkpoint import Checkpoints, Position
+from pskd.config import Config
+from pskd.data.arrays import ArrayData
+from pskd.engine import Engine
+from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError, PskdError
+from pskd.guard import Guard, StopRequest
+from pskd.hashing import hash64
+from pskd.methods.interface import Method, Past
+from pskd.metrics import Accumulator, Records, measures
+from pskd.order import Ids, Plan, epoch_order
+from pskd.progress import Progress, readable
+from pskd.run_dir import RunDir, Status
+from pskd.schedule import lr_at
+from pskd.store.store import Store
+from pskd.weights import export_weights, weights_sha256
+from pskd.world import World
+
+log = logging.getLogger("pskd")
+
+
+@dataclass
+class History:
+    """What has been measured so far; part of every checkpoint.
+
+    lines: of metrics.jsonl. best: the line of lowest top-1 error, the earliest of equals.
+    loss_sum, samples: over the steps of the epoch in progress.
+    """
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    loss_sum: float = 0.0
+    samples: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """All fields."""
+        vars(self).update(state)
+
+
+@dataclass
+class _Step:
+    """A trained step whose verdict is not known yet. ids_B: this rank's samples."""
+
+    epoch: int
+    step: int
+    ids_B: Ids
+    loss_B: Tensor
+    remember_BC: Tensor | None
+
+
+@dataclass
+class Trainer:
+    """Everything that a run consists of; `run` trains it from a position to its end."""
+
+    config: Config
+    world: World
+    run_dir: RunDir
+    data: ArrayData
+    plan: Plan
+    num_classes: int
+    engine: Engine
+    method: Method
+    store: Store | None
+    checkpoints: Checkpoints
+    history: History
+    status: Status | None  # on rank 0
+
+    def __post_init__(self) -> None:
+        self._guard = Guard(self.world)
+        self._stop = StopRequest()
+        self._pending: _Step | None = None
+        self._stopping = False
+        self._loss = float("nan")
+
+    def run(self, position: Position) -> int:
+        """Train from `position` on; returns the exit code."""
+        first_step = position.step
+        with self._stop.listening():
+            for epoch in range(position.epoch, self.config.train.epochs):
+                constants = self.method.begin_epoch(epoch, self.config.train.epochs)
+                started = time.monotonic()
+                if not self._train_epoch(epoch, first_step, constants):
+                    return EXIT_STOPPED
+                seconds = time.monotonic() - started
+                self._finish_epoch(epoch, constants, self._trained_images(first_step) / seconds)
+                first_step = 0
+            self._complete()
+        return EXIT_COMPLETE
+
+    def _train_epoch(self, epoch: int, first_step: int, constants: dict[str, float]) -> bool:
+        """Train the steps of an epoch from `first_step` on; False if asked to stop."""
+        order_N = epoch_order(self.config.train.seed, epoch, self.plan.n)
+        every = self.config.checkpoint.every_steps
+        self.engine.train()
+        if self.store is not None:
+            self.store.begin_epoch(epoch)
+        with Progress(self._label(epoch), self._trained_images(first_step), constants) as progress:
+            for step in range(first_step, self.plan.steps):
+                trained = self._train_step(order_N, epoch, step)
+                self._settle()
+                self._pending = trained
+                self._guard.submit(self._stop.signal is not None, trained.loss_B.sum())
+                progress.advance(self.plan.batch_size(step), self._loss)
+                self._beat(epoch, step + 1)
+                last = step + 1 == self.plan.steps
+                due = every > 0 and (step + 1) % every == 0 and not last
+                if last or due or self._stopping:
+                    self._settle()
+                if due or self._stopping:
+                    self._save(Position(epoch, step + 1))
+                if self._stopping:
+                    self._say_stopped(epoch, step + 1)
+                    return False
+        return True
+
+    def _train_step(self, order_N: Ids, epoch: int, step: int) -> _Step:
+        """One optimizer step; queues work on the device and waits for none of it."""
+        micros = self.plan.micro_batches(order_N, epoch, step, self.world.rank)
+        ids_B = self._ids(order_N, epoch, step)
+        past = self._past(ids_B)
+        if self.store is not None and step + 1 < self.plan.steps:
+            self.store.prefetch(self._ids(order_N, epoch, step + 1))
+        lr = self._lr(epoch, step)
+        losses, rows, first = [], [], 0
+        for micro in micros:
+            part = slice(first, first + len(micro.ids_B))
+            first = part.stop
+            self._seed_generators(epoch, step, micro.micro)
+            batch = self.data.train_batch(micro)
+            output = self.method(self.engine.forward, batch, past and past.part(part))
+            loss_B = output.loss_B * batch.weight_B * micro.scale
+            self.engine.backward_and_step(loss_B.sum(), lr)
+            losses.append(loss_B.detach() / len(micros))
+            if output.remember_BC is not None:
+                rows.append(output.remember_BC)
+        return _Step(epoch, step, ids_B, torch.cat(losses), torch.cat(rows) if rows else None)
+
+    def _settle(self) -> None:
+        """Read the verdict on the step before; only then do its rows go to the disk.
+
+        Raises:
+            AgreedError: a loss was not finite; names epoch, step and samples.
+        """
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        verdict = self._guard.read()
+        if verdict.bad:
+            with self.world.together():
+                _refuse_bad_loss(step)
+        if self.store is not None and step.remember_BC is not None:
+            self.store.remember(step.ids_B, step.remember_BC)
+        self._loss = verdict.loss
+        self._stopping = self._stopping or verdict.stop
+        size = self.plan.batch_size(step.step)
+        self.history.loss_sum += verdict.loss * size
+        self.history.samples += size
+
+    def _finish_epoch(self, epoch: int, constants: dict[str, float], rate: float) -> None:
+        """Close the generation of predictions, measure, log, save."""
+        if self.store is not None:
+            self.store.begin_epoch(epoch + 1)
+        line = {
+            "epoch": epoch,
+            "train_loss": self.history.loss_sum / self.history.samples,
+            "lr": self._lr(epoch, self.plan.steps - 1),
+            **constants,
+            **self._evaluate(epoch),
+            "images_per_s": round(rate, 1),
+        }
+        self.history.loss_sum, self.history.samples = 0.0, 0
+        self.history.lines.append(line)
+        best = self.history.best
+        improved = best is None or line["top1_error"] < best["top1_error"]
+        if improved:
+            self.history.best = line
+        log.info("%s %s", self._label(epoch), readable(line))
+        if self.world.rank == 0:
+            self.run_dir.write_metrics(self.history.lines)
+            self._export(epoch, line, improved)
+        self._save(Position(epoch + 1, 0))
+
+    def _evaluate(self, epoch: int) -> dict[str, float | None]:
+        """The measures on the validation split; each sample counts once, on any world."""
+        self.engine.sync_buffers()
+        model = self.engine.model.eval()
+        accumulator = Accumulator()
+        batches = self.data.validation_batches(
+            self.world.rank, self.world.size, self.config.evaluation.batch_size
+        )
+        with torch.no_grad():
+            for images_BCHW, labels_B in batches:
+                accumulator.update(model(images_BCHW), labels_B)
+        shares = self.world.gather(accumulator.records().pack().cpu())
+        records = Records.concatenate([Records.unpack(share) for share in shares])
+        try:
+            return measures(records, self.num_classes, self.config.evaluation.ece_bins)
+        except ValueError as error:  # the same on every rank
+            raise AgreedError(f"evaluation after {self._label(epoch)}: {error}") from error
+
+    def _save(self, position: Position) -> None:
+        """A checkpoint: the store by every rank, the rest by rank 0 (its buffers count)."""
+        if self.store is not None:
+            self.store.commit()
+        if self.world.rank == 0:
+            retained = self.checkpoints.save(position)
+            if self.store is not None:
+                self.store.retain(m["store"] for m in retained)
+
+    def _export(self, epoch: int, line: dict[str, Any], improved: bool) -> None:
+        every = self.config.checkpoint.export_every
+        last = epoch + 1 == self.config.train.epochs
+        names = ["checkpoint_best.pth"] if improved else []
+        if last or (every and (epoch + 1) % every == 0):
+            names.append(f"checkpoint_{epoch + 1}.pth")
+        for name in names:
+            export_weights(
+                self.run_dir.models / name,
+                self.engine.model,
+                {"model": self.config.model.name, "num_classes": self.num_classes, **line},
+            )
+
+    def _complete(self) -> None:
+        """The end: result.json, and the status that launch scripts wait for."""
+        if self.status is None:
+            return
+        result = {
+            "last": self.history.lines[-1],
+            "best": self.history.best,
+            "weights_sha256": weights_sha256(self.engine.model),
+        }
+        self.run_dir.write_json("result.json", result)
+        self.status.write("complete", None, self.config.train.epochs, 0)
+        log.info("complete: %s", self.run_dir.path)
+
+    def _say_stopped(self, epoch: int, step: int) -> None:
+        reason = f"asked to stop by {self._stop.signal or 'a signal to another rank'}"
+        log.info("%s in epoch %d after step %d; start again to resume", reason, epoch, step)
+        if self.status is not None:
+            self.status.write("stopped", reason, epoch, step)
+
+    def _beat(self, epoch: int, step: int) -> None:
+        if self.status is not None:
+            self.status.beat(epoch, step)
+
+    def _past(self, ids_B: Ids) -> Past | None:
+        if self.store is None:
+            return None
+        rows_BC, present_B = self.store.past(ids_B)
+        device = self.world.device
+        return Past(rows_BC.to(device, non_blocking=True), present_B.to(device, non_blocking=True))
+
+    def _ids(self, order_N: Ids, epoch: int, step: int) -> Ids:
+        low, high = self.plan.part(step, self.world.rank)
+        return order_N[low:high]
+
+    def _lr(self, epoch: int, step: int) -> float:
+        config, steps = self.config, self.plan.steps
+        return lr_at(
+            config.schedule, config.optimizer.lr, config.train.epochs, steps, epoch * steps + step
+        )
+
+    def _seed_generators(self, epoch: int, step: int, micro: int) -> None:
+        """Dropout and its like: a function of the position, so resume has no state to save."""
+        stream = f"torch/{micro}/{self.world.rank}"
+        (seed,) = hash64(self.config.train.seed, stream, epoch, np.array([step]), columns=1)[0]
+        torch.manual_seed(int(seed))
+
+    def _trained_images(self, first_step: int) -> int:
+        return max(self.plan.trained - first_step * self.plan.global_batch, 0)
+
+    def _label(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self.config.train.epochs}"
+
+
+def _refuse_bad_loss(step: _Step) -> None:
+    finite_B = torch.isfinite(step.loss_B).cpu().numpy()
+    if finite_B.all():
+        return
+    raise PskdError(
+        f"the loss is not finite in epoch {step.epoch}, step {step.step}, "
+        f"samples {step.ids_B[~finite_B].tolist()}. Nothing of this step was saved. "
+        "Lower optimizer.lr, add schedule.warmup_epochs or optimizer.clip_norm, in a new run."
+    )

@@ -1,0 +1,121 @@
+"""This process among all: rank, device, process groups, failures that all ranks share."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+# Read by DeepSpeed when it is imported: without a GPU it would probe for other accelerators.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+
+from pskd import launch
+from pskd.errors import AgreedError, PskdError
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this job. `control`: a gloo group for host values, beside the device's."""
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that may fail on some ranks: if it fails on one, it fails on all.
+
+        Raises:
+            AgreedError: the message of the lowest rank that failed, on every rank.
+        """
+        message: str | None = None
+        try:
+            yield
+        except (PskdError, OSError) as error:
+            message = str(error)
+        first = next((m for m in self.gather(message) if m is not None), None)
+        if first is not None:
+            raise AgreedError(first)
+
+
+def start(timeout_s: int) -> World:
+    """Join the other processes of this job.
+
+    Raises:
+        PskdError: the others cannot be reached in time.
+    """
+    _quieten()
+    place = launch.from_environment()
+    if place.launched:
+        launch.die_with_launcher()
+    launch.choose_interface()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        # verbose False: DeepSpeed would print the backend on every rank.
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timeout,
+            verbose=False,
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(control, dist.ProcessGroup)
+    except (RuntimeError, ValueError) as error:
+        raise PskdError(
+            f"rank {place.rank} of {place.world_size} could not reach the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within run.timeout_s "
+            f"{timeout_s}: {error}"
+        ) from error
+    return World(place.rank, place.world_size, place.local_world_size, device, control)
+
+
+def set_threads(requested: int, world: World) -> int:
+    """Use `requested` CPU threads, or if 0 one with several ranks on the node, else all cores.
+
+    Whatever the launcher exports: the number of threads changes the last bits of sums.
+    """
+    cores = len(os.sched_getaffinity(0))
+    threads = requested or (1 if world.local_size > 1 else cores)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def stop(world: World) -> None:
+    """Leave the job in step with the others, so that no rank sees a lost peer at the end."""
+    dist.barrier(group=world.control)
+    dist.destroy_process_group()
+
+
+def _quieten() -> None:
+    """DeepSpeed logs a dozen lines at start-up; warnings are ours to raise."""
+    deepspeed_logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", module="deepspeed.*")
+    # A shared-memory all-reduce that DeepSpeed builds with a C++ compiler at start-up on a CPU
+    # (58 s, and a failure without compiler). gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
