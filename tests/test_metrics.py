@@ -331,6 +331,18 @@ def test_order_of_many_samples_ignored_bitwise(many):
         assert bits(measures(take(records, index), 10)) == expected
 
 
+@pytest.mark.parametrize("confidence", [0.1, 0.3, 0.7])
+def test_order_inside_one_group_of_ties_ignored_bitwise(confidence):
+    """Sorting by confidence cannot order these; only exact sums make their order irrelevant."""
+    generator = torch.Generator().manual_seed(2)
+    records = make([confidence] * 997, torch.randint(2, (997,), generator=generator).tolist())
+    results = []
+    for _ in range(20):
+        index = torch.randperm(len(records), generator=generator)
+        results.append(bits(measures(take(records, index), 10)))
+    assert all(result == results[0] for result in results)
+
+
 def test_thread_count_ignored_bitwise(many):
     """torchrun sets OMP_NUM_THREADS=1 for more than one rank, so threads vary with ranks."""
     records = per_sample(*many)

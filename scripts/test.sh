@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Run the tests, in the environment of the demo. Arguments go to pytest: scripts/test.sh -m slow
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh dev
+exec .venv/bin/python -m pytest "$@"

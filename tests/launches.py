@@ -1,0 +1,121 @@
+"""Real launches of train.py: start, kill, wait, and look for what is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+DEADLINE_S = 240.0  # against a hang; a launch takes 6 to 15 s
+
+
+class Job:
+    """One launch of train.py on `processes` ranks: by torchrun, or plain python for None."""
+
+    def __init__(self, run_dir: Path, *flags: str, processes: int | None = 2, **options: Any):
+        self.run_dir = run_dir
+        launcher = [sys.executable]
+        if processes is not None:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc-per-node={processes}"]
+        self.log = run_dir.parent / f"{run_dir.name}-{time.monotonic_ns()}.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*launcher, str(ROOT / "train.py"), "--run.dir", str(run_dir), *flags],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                **options,
+            )
+
+    def wait(self) -> int:
+        """The launcher's exit code."""
+        return self.process.wait(DEADLINE_S)
+
+    def output(self) -> str:
+        """What it printed so far."""
+        return self.log.read_text()
+
+    def workers(self) -> list[psutil.Process]:
+        """The training processes, by rank."""
+        found = processes_of(self.run_dir)
+        ranks = {}
+        for process in found:
+            try:
+                rank = process.environ().get("RANK")
+            except psutil.Error:
+                continue
+            if rank is not None or process.pid == self.process.pid:
+                ranks[int(rank or 0)] = process
+        return [ranks[rank] for rank in sorted(ranks)]
+
+    def wait_until(self, ready: Any) -> None:
+        """Until `ready()`; fails if the job ends before."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not ready():
+            assert self.process.poll() is None, f"ended early:\n{self.output()}"
+            assert time.monotonic() < deadline, f"too slow:\n{self.output()}"
+            time.sleep(0.01)
+
+    def wait_for_epochs(self, epochs: int) -> None:
+        """Until so many lines are in metrics.jsonl."""
+        self.wait_until(lambda: len(metrics(self.run_dir)) >= epochs)
+
+
+def train(run_dir: Path, *flags: str, processes: int | None = 2, **options: Any) -> Job:
+    """Launch and wait."""
+    job = Job(run_dir, *flags, processes=processes, **options)
+    job.wait()
+    return job
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    """Every living process whose command line names the run directory."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] == psutil.STATUS_ZOMBIE:
+            continue
+        if str(run_dir) in (process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL, at once."""
+    for process in processes:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def wait_for_no_process(run_dir: Path) -> None:
+    """No process of the run is left, within a generous deadline."""
+    deadline = time.monotonic() + 60
+    while processes_of(run_dir):
+        assert time.monotonic() < deadline, f"left behind: {processes_of(run_dir)}"
+        time.sleep(0.05)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """status.json."""
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    """result.json."""
+    return json.loads((run_dir / "result.json").read_text())
