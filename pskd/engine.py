@@ -4,6 +4,7 @@ Letters: B samples, C classes.
 """
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ class Engine:
     """A network with its optimizer, trained in step with the other ranks."""
 
     def __init__(
-        self, model: nn.Module, optimizer: OptimizerSection, settings: dict[str, Any]
+        self,
+        model: nn.Module,
+        optimizer: OptimizerSection,
+        settings: dict[str, Any],
+        timeout: timedelta,
     ) -> None:
         sgd = torch.optim.SGD(
             _parameter_groups(model, optimizer),
@@ -75,6 +80,8 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=sgd, config=settings
         )
+        # DeepSpeed reduces gradients in a group of its own, which has torch's 30 minutes.
+        dist.set_timeout(timeout, self._engine.data_parallel_group)
         self.model: nn.Module = self._engine.module
 
     def train(self) -> None:

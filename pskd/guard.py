@@ -41,7 +41,8 @@ class StopRequest:
         """Turn the stop signals into a request while the block runs.
 
         Only around the training loop: torchrun sends the same SIGTERM when a peer has failed,
-        and a process that is not yet, or no longer, training should simply end.
+        and a process that does not train yet should simply end. If the block fails, signals stay
+        mere requests: the process is about to end and must get to say why.
         """
 
         def note(number: int, frame: FrameType | None) -> None:
@@ -49,11 +50,9 @@ class StopRequest:
             self.signal = signal.Signals(number).name
 
         before = {s: signal.signal(s, note) for s in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Guard:

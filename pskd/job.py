@@ -174,7 +174,7 @@ def _prepare(
             accumulation=plan.accumulation,
             clip_norm=config.optimizer.clip_norm,
         )
-    engine = Engine(model, config.optimizer, settings)
+    engine = Engine(model, config.optimizer, settings, here.timeout)
     method = registry.create(config.method)
     store = None
     if method.needs_store:

@@ -24,13 +24,18 @@ from pskd.errors import AgreedError, PskdError
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this job. `control`: a gloo group for host values, beside the device's."""
+    """The ranks of this job.
+
+    control: a gloo group for host values, beside the device's. timeout: after which a silent peer
+    counts as lost.
+    """
 
     rank: int
     size: int
     local_size: int
     device: torch.device
     control: dist.ProcessGroup
+    timeout: timedelta
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
@@ -92,7 +97,7 @@ def start(timeout_s: int) -> World:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within run.timeout_s "
             f"{timeout_s}: {error}"
         ) from error
-    return World(place.rank, place.world_size, place.local_world_size, device, control)
+    return World(place.rank, place.world_size, place.local_world_size, device, control, timeout)
 
 
 def set_threads(requested: int, world: World) -> int:

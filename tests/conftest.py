@@ -1,6 +1,8 @@
 """Fixtures that several files share."""
 
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +22,13 @@ def pool() -> Iterator[Callable[[int], Pool]]:
     yield of
     for each in pools.values():
         each.close()
+
+
+@pytest.fixture
+def read_only_directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory on a file system mounted read-only."""
+    path = tmp_path / "read-only"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1M", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", path], check=True)

@@ -24,7 +24,9 @@ class Job:
         if processes is not None:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += [f"--nproc-per-node={processes}"]
-        self.log = run_dir.parent / f"{run_dir.name}-{time.monotonic_ns()}.log"
+        self.log = (
+            options.pop("log_dir", run_dir.parent) / f"{run_dir.name}-{time.monotonic_ns()}.log"
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

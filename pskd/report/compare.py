@@ -42,8 +42,6 @@ def _row(run: Path) -> list[str]:
             f"`train.py --run.dir {run}` resumes it."
         ) from error
     last, best = result["last"], result["best"]
-    cells = [
-        "-" if last[key] is None else f"{last[key]:.{digits}f}" for _, key, digits in _COLUMNS
-    ]
+    cells = ["-" if last[key] is None else f"{last[key]:.{digits}f}" for _, key, digits in _COLUMNS]
     best_cell = f"{best['top1_error']:.2f} ({best['epoch'] + 1})"
     return [run.name, str(last["epoch"] + 1), *cells, best_cell]

@@ -1,0 +1,300 @@
+"""What several ranks do together equals what one process would do alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pskd import config as configuration
+from pskd.checkpoint import Checkpoints
+from pskd.data.arrays import ArrayData
+from pskd.data.catalog import DATASETS
+from pskd.engine import Engine, deepspeed_config
+from pskd.errors import PskdError
+from pskd.guard import Guard
+from pskd.methods import registry
+from pskd.metrics import summarize
+from pskd.order import Plan, epoch_order
+from pskd.run_dir import RunDir
+from pskd.store import open_generation
+from pskd.store.store import Store
+from pskd.trainer import History, Trainer
+from pskd.world import World
+
+PLAIN_SGD = (
+    "--optimizer.momentum=0",
+    "--optimizer.nesterov=false",
+    "--optimizer.weight_decay=0",
+    "--optimizer.lr=0.5",
+)
+
+
+def network() -> nn.Module:
+    """Without BatchNorm, so that the gradient of a batch is the sum over its samples."""
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+
+def trainer_of(
+    world: World,
+    model: nn.Module,
+    *,
+    batch: int,
+    path: str,
+    accumulation: int = 1,
+    clip: float = 0.0,
+    n: int = 100,
+    recipe: str = "digits-baseline",
+) -> Trainer:
+    """A trainer of the first `n` digits, on the ranks of the pool."""
+    flags = [f"--train.batch_size={batch}", f"--train.accumulation={accumulation}"]
+    flags += [f"--optimizer.clip_norm={clip}", "--train.epochs=3", *PLAIN_SGD]
+    config = configuration.load(["--recipe", recipe, *flags]).config
+    catalog = DATASETS["digits"]()
+    train, held_out = catalog.train, catalog.validation
+    catalog = replace(
+        catalog,
+        train=replace(train, images_NHWC=train.images_NHWC[:n], labels_N=train.labels_N[:n]),
+        validation=replace(
+            held_out, images_NHWC=held_out.images_NHWC[:101], labels_N=held_out.labels_N[:101]
+        ),
+    )
+    plan = Plan(n, batch, world.size, accumulation)
+    plan.check()
+    settings = deepspeed_config(
+        None, batch=batch, world=world.size, accumulation=accumulation, clip_norm=clip
+    )
+    method = registry.create(config.method)
+    store = None
+    if method.needs_store:
+        store = Store(
+            Path(path),
+            n=n,
+            classes=10,
+            encoding="float32",
+            identity=catalog.fingerprint,
+            start=0,
+            peers=world,
+        )
+    return Trainer(
+        config=config,
+        world=world,
+        run_dir=RunDir(Path(path)),
+        data=ArrayData(catalog, world.device, 0, 1, False),
+        plan=plan,
+        num_classes=10,
+        engine=Engine(model, config.optimizer, settings, world.timeout),
+        method=method,
+        store=store,
+        checkpoints=Checkpoints(Path(path), 1),
+        history=History(),
+        status=None,
+    )
+
+
+def steps_of(
+    world: World, batch: int, accumulation: int, clip: float, n: int, path: str
+) -> tuple[list[list[float]], list[float]]:
+    """Weights after each step of an epoch, and the losses that the guard agreed on."""
+    trainer = trainer_of(
+        world, network(), batch=batch, accumulation=accumulation, clip=clip, n=n, path=path
+    )
+    order_N = epoch_order(0, 0, n)
+    weights, losses = [], []
+    guard = Guard(world)
+    trainer.engine.train()
+    for step in range(trainer.plan.steps):
+        trained = trainer._train_step(order_N, 0, step)
+        guard.submit(False, trained.loss_B.sum())
+        losses.append(guard.read().loss)
+        flat = torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()])
+        weights.append(flat.tolist())
+    return weights, losses
+
+
+def expected_steps(batch: int, clip: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Plain float64 SGD on whole global batches."""
+    model = network().double()
+    catalog = DATASETS["digits"]()
+    data = ArrayData(catalog, torch.device("cpu"), 0, 1, False)
+    order_N = epoch_order(0, 0, n)
+    weights, losses = [], []
+    for step in range(Plan(n, batch).steps):
+        (micro,) = Plan(n, batch).micro_batches(order_N, 0, step, 0)
+        whole = data.train_batch(micro)
+        loss = nn.functional.cross_entropy(model(whole.images_BCHW.double()), whole.labels_B)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        factor = min(1.0, clip / float(norm)) if clip else 1.0
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= 0.5 * factor * gradient
+        losses.append(loss.item())
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).tolist())
+    return np.array(weights), np.array(losses)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+@pytest.mark.parametrize(("batch", "n"), [(22, 100), (23, 100)])
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 1)])
+def test_the_gradient_is_that_of_the_whole_global_batch(
+    pool, tmp_path, world, accumulation, batch, n, clip
+):
+    # Parts are uneven, micro-batches too, and the last step is short.
+    want_weights, want_losses = expected_steps(batch, clip, n)
+    results = pool(world).run(steps_of, batch, accumulation, clip, n, str(tmp_path))
+    for weights, losses in results:
+        np.testing.assert_allclose(weights, want_weights, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+
+
+def pskd_epochs(world: World, batch: int, accumulation: int, path: str) -> list[float]:
+    """Three epochs of PS-KD by the trainer; weights at the end."""
+    trainer = trainer_of(
+        world,
+        network(),
+        batch=batch,
+        accumulation=accumulation,
+        path=path,
+        recipe="digits-pskd",
+    )
+    for epoch in range(3):
+        constants = trainer.method.begin_epoch(epoch, 3)
+        assert trainer._train_epoch(epoch, 0, constants)
+        trainer.store.begin_epoch(epoch + 1)
+    return torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()]).tolist()
+
+
+def expected_pskd(batch: int) -> tuple[list[float], np.ndarray]:
+    """The same in float64, sample by sample, from the equations alone."""
+    model = network().double()
+    data = ArrayData(DATASETS["digits"](), torch.device("cpu"), 0, 1, False)
+    past: dict[int, torch.Tensor] = {}
+    for epoch in range(3):
+        alpha = 0.8 * (epoch + 1) / 3
+        order_N = epoch_order(0, epoch, 100)
+        now = {}
+        for step in range(Plan(100, batch).steps):
+            (micro,) = Plan(100, batch).micro_batches(order_N, epoch, step, 0)
+            whole = data.train_batch(micro)
+            logits_BC = model(whole.images_BCHW.double())
+            losses = []
+            for i, z_C, y in zip(micro.ids_B.tolist(), logits_BC, whole.labels_B, strict=True):
+                hard_C = torch.zeros(10, dtype=torch.float64)
+                hard_C[y] = 1
+                target_C = (1 - alpha) * hard_C + alpha * past.get(i, hard_C)
+                losses.append(-(target_C * (z_C - z_C.logsumexp(0))).sum())
+                now[i] = (z_C - z_C.logsumexp(0)).exp().detach()
+            model.zero_grad()
+            (sum(losses) / len(losses)).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.5 * parameter.grad
+        past = past | now
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+    return weights, torch.stack([past[i] for i in range(100)]).numpy()
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (2, 2)])
+def test_pskd_trains_and_remembers_what_the_equations_say(pool, tmp_path, world, accumulation):
+    want_weights, want_rows = expected_pskd(batch=23)
+    for weights in pool(world).run(pskd_epochs, 23, accumulation, str(tmp_path)):
+        np.testing.assert_allclose(weights, want_weights, rtol=0, atol=2e-5)
+    rows = open_generation(tmp_path / "gen-000002")[np.arange(100)]
+    np.testing.assert_allclose(rows, want_rows, rtol=0, atol=2e-5)
+
+
+def network_with_statistics(running_mean: float) -> nn.Module:
+    """With BatchNorm buffers of this rank."""
+    torch.manual_seed(5)
+    norm = nn.BatchNorm1d(192)
+    norm.running_mean.fill_(running_mean)
+    return nn.Sequential(nn.Flatten(), norm, nn.Linear(192, 10))
+
+
+def evaluate(world: World, path: str) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Measures of the sharded evaluation, and of all 101 logits at once with rank 0's buffers."""
+    model = network_with_statistics(running_mean=float(world.rank))
+    trainer = trainer_of(world, model, batch=20, path=path)
+    sharded = trainer._evaluate(0)
+    ((images_BCHW, labels_B),) = trainer.data.validation_batches(0, 1, 1000)
+    with torch.no_grad():
+        whole = summarize(network_with_statistics(0.0).eval()(images_BCHW), labels_B)
+    return sharded, whole
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_counts_each_sample_once_and_uses_the_buffers_of_rank_0(pool, tmp_path, world):
+    for sharded, whole in pool(world).run(evaluate, str(tmp_path)):
+        assert sharded == pytest.approx(whole, rel=1e-5)
+
+
+def stop_and_loss(world: World, stopping: int, losses: list[float]) -> list[tuple]:
+    """The verdict of a step in which one rank was asked to stop."""
+    guard = Guard(world)
+    guard.submit(world.rank == stopping, torch.tensor(losses[world.rank]))
+    return list(guard.read())
+
+
+def test_all_ranks_learn_of_a_stop_request_and_of_a_bad_loss(pool):
+    assert pool(2).run(stop_and_loss, 1, [1.0, 2.0]) == [[True, False, 1.5]] * 2
+    assert pool(2).run(stop_and_loss, -1, [1.0, 2.0]) == [[False, False, 1.5]] * 2
+    for stop, bad, _ in pool(2).run(stop_and_loss, -1, [1.0, float("nan")]):
+        assert not stop and bad
+    for _, bad, _ in pool(2).run(stop_and_loss, -1, [float("-inf"), float("inf")]):
+        assert bad
+
+
+def fail_on(world: World, failing: list[int]) -> str:
+    """What a rank hears when some ranks fail in a block that all run."""
+    try:
+        with world.together():
+            if world.rank in failing:
+                raise PskdError(f"told by rank {world.rank}")
+    except PskdError as error:
+        return f"{type(error).__name__}: {error}"
+    return "fine"
+
+
+def test_what_fails_on_one_rank_fails_on_all_with_one_message(pool):
+    assert pool(3).run(fail_on, [1, 2]) == ["AgreedError: told by rank 1"] * 3
+    assert pool(3).run(fail_on, []) == ["fine"] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"train_batch_size": 64}, "'train_batch_size' is 64"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer'"),
+        ({"fp16": {"enabled": True}}, "'fp16'"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3"),
+        ([], "JSON object"),
+    ],
+)
+def test_a_deepspeed_config_that_sets_what_we_own_is_refused(tmp_path, settings, part):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(PskdError, match="ds.json") as refusal:
+        deepspeed_config(str(path), batch=64, world=2, accumulation=1, clip_norm=0.0)
+    assert part in str(refusal.value)
+
+
+def test_auto_and_our_own_values_are_accepted(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"gradient_accumulation_steps": 2, "gradient_clipping": "auto"}))
+    settings = deepspeed_config(str(path), batch=64, world=2, accumulation=2, clip_norm=1.5)
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["gradient_clipping"] == 1.5
+    assert settings["train_micro_batch_size_per_gpu"] == 16
+
+
+def test_the_file_in_ds_configs_is_the_default():
+    default, file = (
+        deepspeed_config(path, batch=64, world=1, accumulation=1, clip_norm=0.0)
+        for path in (None, str(Path(__file__).parents[1] / "ds_configs" / "fp32.json"))
+    )
+    assert default == file

@@ -1,0 +1,131 @@
+"""Bad input and bad luck in real launches: one clear message, non-zero exit, nothing lost."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from tests.launches import Job, kill, metrics, processes_of, result, status, train
+
+BRIEF = ("--recipe=digits-pskd", "--train.epochs=2", "--schedule.milestones=[1]")
+
+
+def assert_refused(job, *parts, run_failed=False):
+    output = job.output()
+    assert job.process.returncode == 1, output
+    errors = re.findall(r"error: .*", output)
+    assert len(errors) == 1, output  # said once
+    for part in parts:
+        assert part in errors[0]
+    assert "/pskd/" not in output, output  # torchrun's own traceback is not ours to silence
+    if run_failed:
+        assert status(job.run_dir)["state"] == "failed"
+        assert status(job.run_dir)["reason"] in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--recipe=digit-pskd"], ["'digit-pskd'", "did you mean 'digits-pskd'"]),
+        (["--recipe=digits-pskd", "--optimizer.lrr=1"], ["optimizer.lrr", "'optimizer.lr'"]),
+        (["--recipe=digits-pskd", "--model.name=preact_resnet19"], ["preact_resnet18"]),
+        (["--recipe=digits-pskd", "--method.alpha_T=1.2"], ["method.alpha_T is 1.2", "[0, 1]"]),
+        (["--PSKD"], ["--method.name pskd"]),
+    ],
+)
+def test_a_bad_command_line_is_refused(tmp_path, flags, parts):
+    job = train(tmp_path / "run", *flags, processes=None)
+    assert_refused(job, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_refuse_a_bad_command_line_once(tmp_path):
+    assert_refused(train(tmp_path / "run", "--recipe=nope"), "--recipe 'nope' is unknown")
+
+
+def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
+    job = train(tmp_path / "run", *BRIEF, "--train.batch_size=1438", processes=None)
+    assert_refused(job, "train.batch_size 1438", "1437 samples")
+
+
+def test_a_world_that_leaves_a_micro_batch_under_two_is_refused(tmp_path):
+    # 1437 = 44 * 32 + 29: the last step has 15 pairs, so 7 micro-batches of 2 ranks fit.
+    job = train(tmp_path / "run", *BRIEF, "--train.batch_size=32", "--train.accumulation=8")
+    assert_refused(job, "fewer than 2 samples", "at most 1 ranks with train.accumulation 8")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_loss_names_epoch_step_and_samples(tmp_path):
+    job = train(tmp_path / "run", *BRIEF, "--optimizer.lr=1e20")
+    assert_refused(job, "loss is not finite in epoch 0, step", "samples [", run_failed=True)
+    assert not metrics(tmp_path / "run")
+
+
+def test_a_changed_configuration_is_refused_by_name(tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    again = train(run_dir, *BRIEF, "--method.alpha_T=0.5", "--train.seed=3", processes=None)
+    assert_refused(again, "method.alpha_T was 0.8, now 0.5", "train.seed was 0, now 3")
+    assert status(run_dir)["state"] == "complete"  # the run itself is as it was
+    assert train(run_dir, *BRIEF, "--checkpoint.keep=3", processes=None).process.returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_a_read_only_directory_is_refused(tmp_path, read_only_directory):
+    job = train(read_only_directory / "run", *BRIEF, processes=None, log_dir=tmp_path)
+    assert_refused(job, str(read_only_directory / "run"), "Read-only file system", "--run.dir")
+
+
+def test_a_directory_in_use_is_refused_and_its_owner_goes_on(tmp_path):
+    run_dir = tmp_path / "run"
+    owner = Job(run_dir, "--recipe=digits-pskd", processes=None)
+    owner.wait_until(lambda: len(metrics(run_dir)) >= 1)
+    second = train(run_dir, "--recipe=digits-pskd", "--run.lock_wait_s=1", processes=None)
+    assert_refused(second, "is in use by process", str(owner.process.pid), "heartbeat")
+    assert owner.wait() == 0
+    assert status(run_dir)["state"] == "complete"
+
+
+def test_a_lost_peer_fails_the_run_at_once_and_leaves_no_process(tmp_path):
+    run_dir = tmp_path / "run"
+    job = Job(run_dir, "--recipe=digits-pskd")
+    job.wait_until(lambda: len(metrics(run_dir)) >= 1)
+    kill([job.workers()[1]])
+    assert job.wait() != 0
+    assert status(run_dir)["state"] == "failed"
+    assert "lost" in status(run_dir)["reason"]
+    assert "lost another rank" in job.output()
+    assert not processes_of(run_dir)
+
+
+def test_a_stalled_peer_fails_the_run_after_the_timeout(tmp_path):
+    run_dir = tmp_path / "run"
+    job = Job(run_dir, "--recipe=digits-pskd", "--run.timeout_s=5")
+    job.wait_until(lambda: len(metrics(run_dir)) >= 1)
+    stalled = job.workers()[1]
+    stalled.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 120
+    while status(run_dir)["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert status(run_dir)["state"] == "failed"
+    stalled.send_signal(signal.SIGKILL)
+    assert job.wait() != 0
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    hash_before = result(run_dir)["weights_sha256"]
+    state = run_dir / "checkpoints" / (run_dir / "checkpoints/latest").read_text() / "state.pt"
+    damaged = bytearray(state.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    state.write_bytes(damaged)
+    again = train(run_dir, *BRIEF, processes=None)
+    assert_refused(again, str(state), "sha256 differs", "checkpoints/latest")
+    remedy = re.search(r"write (\S+) into (\S+latest)", again.output())
+    assert remedy is not None
+    with open(remedy[2], "w") as latest:
+        latest.write(remedy[1])
+    assert train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    assert result(run_dir)["weights_sha256"] == hash_before
