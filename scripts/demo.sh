@@ -19,6 +19,6 @@ done
 echo
 .venv/bin/pskd compare "$runs/digits-baseline" "$runs/digits-pskd"
 echo
-echo "Measures on 360 digits of writers not trained on, after the last epoch."
+echo "Measures on the 360 digits held out, after the last epoch."
 echo "So easy a data set says nothing about the methods: PS-KD need not gain here."
 echo "The runs lie in $runs; delete it to train again."

@@ -54,7 +54,7 @@ class Catalog:
 def _digits() -> Catalog:
     """The 1,797 handwritten digits (8x8, grey) that scikit-learn ships.
 
-    The last 360 are for validation: the file is ordered by writer, so those are other writers.
+    There is no official split; the last 360, a fifth, are for validation.
     """
     from sklearn.datasets import load_digits  # noqa: PLC0415  (1 s; only who trains on it pays)
 
