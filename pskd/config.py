@@ -1,27 +1,20 @@
-"""A run's configuration: recipe + --config files + flags -> `Config`, checked before any work.
+"""The configuration of a run: sections of tagged fields, and their checks. Imports no torch.
 
-Later wins: recipe, then --config files in order, then flags. Names are the paper's and
-DeepSpeed's. Imports no torch, so that `--help` and a refusal take a fraction of a second.
+Names are the paper's and DeepSpeed's. How they are given: `command_line.py`.
 """
 
 import dataclasses
-import difflib
-import json
-import re
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jsonargparse
 import yaml
 
 from pskd.data.catalog import DATASETS
-from pskd.errors import PskdError
-from pskd.fields import numerics, output, require, speed
-from pskd.methods.sections import SECTIONS, MethodSection
+from pskd.fields import known, numerics, output, require, speed
+from pskd.methods.sections import MethodSection
 from pskd.models import MODELS
 
 
@@ -41,6 +34,7 @@ class RunSection:
 
     def check(self) -> None:
         """Counts and durations are positive."""
+        require(self.dir != "", "run.dir", "''", "name a directory, or leave the flag out.")
         require(self.threads >= 0, "run.threads", self.threads, "use 0 (automatic) or more.")
         require(self.timeout_s >= 1, "run.timeout_s", self.timeout_s, "use 1 second or more.")
         require(self.lock_wait_s >= 0, "run.lock_wait_s", self.lock_wait_s, "use 0 or more.")
@@ -57,7 +51,7 @@ class DataSection:
 
     def check(self) -> None:
         """The data set exists."""
-        _known(self.name, DATASETS, "data.name")
+        known(self.name, DATASETS, "data.name")
         require(self.crop_padding >= 0, "data.crop_padding", self.crop_padding, "use 0 or more.")
 
 
@@ -69,7 +63,7 @@ class ModelSection:
 
     def check(self) -> None:
         """The model exists."""
-        _known(self.name, MODELS, "model.name")
+        known(self.name, MODELS, "model.name")
 
 
 @dataclass(frozen=True)
@@ -217,7 +211,11 @@ class Config:
 
     def check(self) -> None:
         """All sections, then what depends on two of them."""
-        for section, _ in _section_types(type(self.method)):
+        for tag in ("numerics", "speed", "output"):
+            for key, value in self.values(tag).items():
+                finite = not isinstance(value, float) or math.isfinite(value)
+                require(finite, key, value, "use a finite number.")
+        for section, _ in section_types(type(self.method)):
             getattr(self, section).check()
         require(
             self.schedule.warmup_epochs < self.train.epochs,
@@ -236,254 +234,13 @@ class Config:
         """Flat `section.field` -> value of the fields with this tag."""
         return {
             f"{section}.{f.name}": getattr(getattr(self, section), f.name)
-            for section, kind in _section_types(type(self.method))
+            for section, kind in section_types(type(self.method))
             for f in dataclasses.fields(kind)
             if f.metadata["tag"] == tag
         }
 
 
-class Invocation(NamedTuple):
-    """A parsed command line: the configuration, and the recipe's name if one was given."""
-
-    config: Config
-    recipe: str | None
-
-
-# Flags of the public PS-KD code, and what they are called here.
-_PUBLIC_FLAGS = {
-    "PSKD": "--method.name pskd",
-    "lr": "--optimizer.lr",
-    "lr_decay_schedule": "--schedule.milestones '[150, 225]'",
-    "lr_decay_rate": "--schedule.gamma",
-    "weight_decay": "--optimizer.weight_decay",
-    "start_epoch": "--run.dir DIR (resumes by itself)",
-    "end_epoch": "--train.epochs",
-    "batch_size": "--train.batch_size",
-    "experiments_dir": "--run.dir",
-    "classifier_type": "--model.name",
-    "data_type": "--data.name",
-    "alpha_T": "--method.alpha_T",
-    "saveckp_freq": "--checkpoint.export_every",
-    "resume": "--run.dir DIR (resumes by itself)",
-    "rank": "torchrun --node-rank",
-    "world_size": "torchrun --nnodes and --nproc-per-node",
-    "dist_url": "torchrun --master-addr and --master-port",
-    "dist_backend": "nothing: nccl on GPUs, gloo on CPUs",
-    "multiprocessing_distributed": "torchrun --nproc-per-node",
-}
-_LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # set by `deepspeed`; we read the environment
-
-
-def load(argv: list[str]) -> Invocation:
-    """Parse and check a command line.
-
-    Raises:
-        PskdError: unknown key (with a suggestion), wrong type, or a value out of range.
-        SystemExit: after --help.
-    """
-    recipe, config_files, flags = _split(argv)
-    if _wants_help(flags):
-        _parser(_method_name(flags)).print_help()
-        raise SystemExit(0)
-    tokens: list[str] = []
-    if recipe is None and not config_files:
-        config_files = _config_of_run(flags)
-    if recipe is not None:
-        tokens += _tokens(read_recipe(recipe), f"recipe {recipe}")
-    for path in config_files:
-        tokens += _tokens(_read_yaml(Path(path)), path)
-    method = _method_name(tokens + flags)
-    _check_keys(tokens, flags, method)
-    config = _build(_parse(tokens + flags, method), method)
-    config.check()
-    return Invocation(config, recipe)
-
-
-def recipe_names() -> list[str]:
-    """The names of the recipes that the package holds, sorted."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in files("pskd.recipes").iterdir()
-        if p.name.endswith(".yaml")
-    )
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe's nested settings, on top of those of the one `base:` that it may name."""
-    _known(name, recipe_names(), "--recipe")
-    settings = yaml.safe_load((files("pskd.recipes") / f"{name}.yaml").read_text())
-    base = settings.pop("base", None)
-    if base is None:
-        return dict(settings)
-    merged = read_recipe(base)
-    for section, values in settings.items():
-        # Another method or data set does not inherit what belonged to the base's.
-        inherits = values.get("name", merged.get(section, {}).get("name"))
-        keep = merged.get(section, {})
-        merged[section] = {**(keep if inherits == keep.get("name") else {}), **values}
-    return merged
-
-
-def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
-    """Take --recipe, --config and the launchers' flags out; the rest are `section.field` flags."""
-    recipe: str | None = None
-    config_files: list[str] = []
-    flags: list[str] = []
-    queue = list(argv)
-    while queue:
-        flag, separator, value = queue.pop(0).partition("=")
-        if flag == "--deepspeed_config":
-            flag = "--engine.deepspeed_config"
-        if not flag.startswith("--") or flag in ("--help", "--deepspeed"):
-            if flag in ("-h", "--help"):
-                flags.append("--help")
-            elif flag != "--deepspeed":
-                flags.append(flag + separator + value)
-            continue
-        if not separator and queue and not queue[0].startswith("--"):
-            separator, value = "=", queue.pop(0)
-        if flag in _LAUNCHER_FLAGS:
-            continue
-        if flag in ("--recipe", "--config"):
-            if not value:
-                raise PskdError(f"{flag} needs a value.")
-            if flag == "--recipe":
-                recipe = value
-            else:
-                config_files.append(value)
-        else:
-            flags.append(flag + separator + value)
-    return recipe, config_files, flags
-
-
-def _wants_help(flags: list[str]) -> bool:
-    return "--help" in flags
-
-
-def _config_of_run(flags: list[str]) -> list[str]:
-    """A run that is resumed without recipe or file brings its own configuration."""
-    for flag in reversed(flags):
-        if flag.startswith("--run.dir="):
-            path = Path(flag.partition("=")[2]) / "config.yaml"
-            return [str(path)] if path.is_file() else []
-    return []
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise PskdError(f"--config {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise PskdError(f"--config {path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise PskdError(f"--config {path} must hold sections such as 'train: {{epochs: 10}}'.")
-    return settings
-
-
-def _tokens(settings: Mapping[str, Any], source: str) -> list[str]:
-    """Nested settings as the flags that say the same."""
-    tokens = []
-    for section, values in settings.items():
-        if not isinstance(values, dict):
-            raise PskdError(
-                f"{source}: '{section}' must be a section, such as '{section}: {{name: ...}}'."
-            )
-        for name, value in values.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            tokens.append(f"--{section}.{name}={text}")
-    return tokens
-
-
-def _method_name(tokens: list[str]) -> str:
-    """The method decides which flags its section has, so it is read before the rest."""
-    name = "pskd"
-    for token in tokens:
-        if token.startswith("--method.name="):
-            name = token.partition("=")[2]
-    _known(name, SECTIONS, "method.name")
-    return name
-
-
-def _section_types(method: type[MethodSection]) -> Iterator[tuple[str, Any]]:
+def section_types(method: type[MethodSection]) -> Iterator[tuple[str, Any]]:
+    """(name, dataclass) of each section of a configuration with this method."""
     for section in dataclasses.fields(Config):
         yield section.name, method if section.name == "method" else section.type
-
-
-@cache
-def _keys(method: str) -> dict[str, dataclasses.Field[Any]]:
-    return {
-        f"{section}.{f.name}": f
-        for section, kind in _section_types(SECTIONS[method])
-        for f in dataclasses.fields(kind)
-    }
-
-
-def _check_keys(tokens: list[str], flags: list[str], method: str) -> None:
-    keys = _keys(method)
-    for token in tokens + flags:
-        name = token.partition("=")[0].removeprefix("--")
-        if not token.startswith("--"):
-            raise PskdError(f"'{token}' is not a flag. Use --section.field VALUE; see --help.")
-        if name not in keys:
-            raise PskdError(_unknown_key(name, method))
-        if "=" not in token:
-            raise PskdError(f"--{name} needs a value: --{name} VALUE.")
-
-
-def _unknown_key(name: str, method: str) -> str:
-    if name in _PUBLIC_FLAGS:
-        return (
-            f"unknown key '{name}' (a flag of the public code). Here it is {_PUBLIC_FLAGS[name]}."
-        )
-    owners = [m for m in SECTIONS if name in _keys(m)]
-    if owners:
-        return (
-            f"unknown key '{name}': it belongs to method {' and '.join(owners)}, "
-            f"but method.name is {method}."
-        )
-    keys = list(_keys(method))
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
-    near += [k for k in keys if k.rpartition(".")[2] == name.rpartition(".")[2]]
-    hint = f" Did you mean '{near[0]}'?" if near else " See --help for the keys."
-    return f"unknown key '{name}'.{hint}"
-
-
-def _parser(method: str) -> Any:
-    parser = jsonargparse.ArgumentParser(
-        prog="train.py",
-        usage="%(prog)s [--recipe NAME] [--config FILE.yaml] [--section.field VALUE ...]",
-        description="Train an image classifier. Later wins: recipe, --config files, flags. "
-        f"Recipes: {', '.join(recipe_names())}.",
-        exit_on_error=False,
-        allow_abbrev=False,
-        print_config=None,
-    )
-    for section, kind in _section_types(SECTIONS[method]):
-        group = parser.add_argument_group(section, (kind.__doc__ or "").strip())
-        for f in dataclasses.fields(kind):
-            default = f.default_factory() if callable(f.default_factory) else f.default
-            text = f"{f.metadata['help']} [{f.metadata['tag']}]"
-            group.add_argument(f"--{section}.{f.name}", type=f.type, default=default, help=text)
-    return parser
-
-
-def _parse(tokens: list[str], method: str) -> dict[str, Any]:
-    try:
-        return dict(_parser(method).parse_args(tokens).as_dict())
-    except jsonargparse.ArgumentError as error:
-        message = " ".join(str(error).replace("Parser key ", "").split())
-        message = re.sub(r"a <class '(\w+)'>|a typing\.Literal", r"\1", message)
-        raise PskdError(f"{message}.") from error
-
-
-def _build(values: dict[str, Any], method: str) -> Config:
-    sections = {s: kind(**values[s]) for s, kind in _section_types(SECTIONS[method])}
-    return Config(**sections)
-
-
-def _known(name: str, choices: Mapping[str, Any] | list[str], key: str) -> None:
-    if name not in choices:
-        near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise PskdError(f"{key} '{name}' is unknown: {hint}Known: {', '.join(sorted(choices))}.")

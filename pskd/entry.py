@@ -2,14 +2,14 @@
 
 import sys
 
-from pskd import config, launch
+from pskd import command_line, launch
 from pskd.errors import EXIT_FAILED, PskdError
 
 
 def main(argv: list[str]) -> int:
     """Train; returns the exit code. Every rank sees the same command line, so rank 0 speaks."""
     try:
-        invocation = config.load(argv)
+        invocation = command_line.load(argv)
     except PskdError as error:
         if launch.rank() == 0:
             sys.stderr.write(f"error: {error}\n")

@@ -4,7 +4,8 @@ Every field says what a change of it means for a run that is resumed in place:
 `numerics` changes the result and is refused; `speed` and `output` do not and are allowed.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Collection
 from dataclasses import field
 from typing import Any
 
@@ -30,3 +31,11 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise a PskdError that names key, value and remedy unless the condition holds."""
     if not condition:
         raise PskdError(f"{key} is {value}: {remedy}")
+
+
+def known(name: str, choices: Collection[str], key: str) -> None:
+    """Raise a PskdError with a suggestion unless `name` is one of the choices."""
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+        hint = f": did you mean '{near[0]}'?" if near else "."
+        raise PskdError(f"{key} '{name}' is unknown{hint} Known: {', '.join(sorted(choices))}.")

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from pskd import hashing, models, run_dir, world
 from pskd.checkpoint import Checkpoints, Position, Stateful
-from pskd.config import Config, Invocation
+from pskd.command_line import Invocation
+from pskd.config import Config
 from pskd.data.arrays import ArrayData
 from pskd.data.catalog import DATASETS, Catalog
 from pskd.engine import Engine, deepspeed_config

@@ -16,7 +16,7 @@ def lr_at(
     """
     warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * ((step + 1) / warmup_steps)
     if schedule.name == "cosine":
         progress = (step - warmup_steps) / (epochs * steps_per_epoch - warmup_steps)
         return peak * (1 + math.cos(math.pi * progress)) / 2

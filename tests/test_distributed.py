@@ -132,7 +132,7 @@ def expected_steps(batch: int, clip: float, n: int) -> tuple[np.ndarray, np.ndar
         factor = min(1.0, clip / float(norm)) if clip else 1.0
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter -= 0.5 * factor * gradient
+                parameter.sub_(0.5 * factor * gradient)
         losses.append(loss.item())
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).tolist())
     return np.array(weights), np.array(losses)
@@ -193,7 +193,7 @@ def expected_pskd(batch: int) -> tuple[list[float], np.ndarray]:
             (sum(losses) / len(losses)).backward()
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter -= 0.5 * parameter.grad
+                    parameter.sub_(0.5 * parameter.grad)
         past = past | now
     weights = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
     return weights, torch.stack([past[i] for i in range(100)]).numpy()
@@ -278,7 +278,7 @@ def test_what_fails_on_one_rank_fails_on_all_with_one_message(pool):
 def test_a_deepspeed_config_that_sets_what_we_own_is_refused(tmp_path, settings, part):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(settings))
-    with pytest.raises(PskdError, match="ds.json") as refusal:
+    with pytest.raises(PskdError, match=r"ds\.json") as refusal:
         deepspeed_config(str(path), batch=64, world=2, accumulation=1, clip_norm=0.0)
     assert part in str(refusal.value)
 

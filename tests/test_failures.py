@@ -4,8 +4,10 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
+
 from tests.launches import Job, kill, metrics, processes_of, result, status, train
 
 BRIEF = ("--recipe=digits-pskd", "--train.epochs=2", "--schedule.milestones=[1]")
@@ -52,7 +54,7 @@ def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
 def test_a_world_that_leaves_a_micro_batch_under_two_is_refused(tmp_path):
     # 1437 = 44 * 32 + 29: the last step has 15 pairs, so 7 micro-batches of 2 ranks fit.
     job = train(tmp_path / "run", *BRIEF, "--train.batch_size=32", "--train.accumulation=8")
-    assert_refused(job, "fewer than 2 samples", "at most 1 ranks with train.accumulation 8")
+    assert_refused(job, "fewer than 2 samples", "at most 1 rank with train.accumulation 8")
     assert not (tmp_path / "run").exists()
 
 
@@ -125,7 +127,6 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path):
     assert_refused(again, str(state), "sha256 differs", "checkpoints/latest")
     remedy = re.search(r"write (\S+) into (\S+latest)", again.output())
     assert remedy is not None
-    with open(remedy[2], "w") as latest:
-        latest.write(remedy[1])
+    Path(remedy[2]).write_text(remedy[1])
     assert train(run_dir, *BRIEF, processes=None).process.returncode == 0
     assert result(run_dir)["weights_sha256"] == hash_before

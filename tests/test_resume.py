@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+
 from tests.launches import Job, kill, metrics, result, status, train, wait_for_no_process
 
 EPOCHS = 6

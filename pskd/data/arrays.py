@@ -26,8 +26,12 @@ class ArrayData:
         self._flip = flip
         self._images_NCHW, self._labels_N = _resident(catalog.train, device)
         self._validation_NCHW, self._validation_labels_N = _resident(catalog.validation, device)
-        self._mean_C11 = torch.tensor(catalog.mean, device=device)[:, None, None] * 255
-        self._std_C11 = torch.tensor(catalog.std, device=device)[:, None, None] * 255
+        self._mean_C11 = (
+            torch.tensor(catalog.mean, dtype=torch.float32, device=device)[:, None, None] * 255
+        )
+        self._std_C11 = (
+            torch.tensor(catalog.std, dtype=torch.float32, device=device)[:, None, None] * 255
+        )
 
     def train_batch(self, micro: MicroBatch) -> Batch:
         """The samples of a micro-batch, augmented by the draws of its epoch."""

@@ -1,0 +1,274 @@
+"""From the command line to a `Config`: recipe, then --config files, then flags; later wins.
+
+Each layer is turned into the flags that say the same, so one parser checks types everywhere.
+Imports no torch, so that `--help` and a refusal take a fraction of a second.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from datetime import date
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonargparse
+import yaml
+
+from pskd.config import Config, section_types
+from pskd.errors import PskdError
+from pskd.fields import known
+from pskd.methods.sections import SECTIONS
+
+
+class Invocation(NamedTuple):
+    """A parsed command line: the configuration, and the recipe's name if one was given."""
+
+    config: Config
+    recipe: str | None
+
+
+_DEFAULT_METHOD = "pskd"
+
+# Flags of the public PS-KD code, and what they are called here.
+_PUBLIC_FLAGS = {
+    "PSKD": "--method.name pskd",
+    "lr": "--optimizer.lr",
+    "lr_decay_schedule": "--schedule.milestones '[150, 225]'",
+    "lr_decay_rate": "--schedule.gamma",
+    "weight_decay": "--optimizer.weight_decay",
+    "start_epoch": "--run.dir DIR (resumes by itself)",
+    "end_epoch": "--train.epochs",
+    "batch_size": "--train.batch_size",
+    "experiments_dir": "--run.dir",
+    "classifier_type": "--model.name",
+    "data_type": "--data.name",
+    "data_path": "nothing yet: the data sets so far come with packages",
+    "workers": "nothing: images are resident",
+    "alpha_T": "--method.alpha_T",
+    "saveckp_freq": "--checkpoint.export_every",
+    "resume": "--run.dir DIR (resumes by itself)",
+    "rank": "torchrun --node-rank",
+    "world_size": "torchrun --nnodes and --nproc-per-node",
+    "dist_url": "torchrun --master-addr and --master-port",
+    "dist_backend": "nothing: nccl on GPUs, gloo on CPUs",
+    "multiprocessing_distributed": "torchrun --nproc-per-node",
+}
+_LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # set by `deepspeed`; we read the environment
+
+
+class _Layer(NamedTuple):
+    """Flags `--section.field=value`, and where they come from."""
+
+    source: str
+    tokens: list[str]
+
+
+def load(argv: list[str]) -> Invocation:
+    """Parse and check a command line.
+
+    Raises:
+        PskdError: unknown key (with a suggestion), wrong type, or a value out of range.
+        SystemExit: after --help.
+    """
+    recipe, config_files, flags = _split(argv)
+    if recipe is None and not config_files:
+        config_files = _config_of_run(flags)
+    layers = []
+    if recipe is not None:
+        layers.append(_layer(read_recipe(recipe), f"recipe {recipe}"))
+    layers += [_layer(_read_yaml(Path(path)), f"--config {path}") for path in config_files]
+    layers.append(_Layer("", [flag for flag in flags if flag != "--help"]))
+    method, layers = _choose_method(layers)
+    if "--help" in flags:
+        _parser(method).print_help()
+        raise SystemExit(0)
+    for layer in layers:
+        _check_keys(layer, method)
+    values = _parse([token for layer in layers for token in layer.tokens], method)
+    config = Config(**{s: kind(**values[s]) for s, kind in section_types(SECTIONS[method])})
+    config.check()
+    return Invocation(config, recipe)
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that the package holds, sorted."""
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in files("pskd.recipes").iterdir()
+        if p.name.endswith(".yaml")
+    )
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe's nested settings, on top of those of the one `base:` that it may name."""
+    known(name, recipe_names(), "--recipe")
+    settings = yaml.safe_load((files("pskd.recipes") / f"{name}.yaml").read_text())
+    base = settings.pop("base", None)
+    if base is None:
+        return dict(settings)
+    merged = read_recipe(base)
+    for section, values in settings.items():
+        inherited = merged.get(section, {})
+        # Another method does not inherit what belonged to the base's.
+        before = inherited.get("name", _DEFAULT_METHOD)
+        if section == "method" and values.get("name", before) != before:
+            inherited = {}
+        merged[section] = {**inherited, **values}
+    return merged
+
+
+def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
+    """Take --recipe, --config and the launchers' flags out; the rest are `section.field` flags."""
+    recipe: str | None = None
+    config_files: list[str] = []
+    flags: list[str] = []
+    queue = list(argv)
+    while queue:
+        flag, separator, value = queue.pop(0).partition("=")
+        if flag == "--deepspeed_config":
+            flag = "--engine.deepspeed_config"
+        if not flag.startswith("--") or flag in ("--help", "--deepspeed"):
+            if flag in ("-h", "--help"):
+                flags.append("--help")
+            elif flag != "--deepspeed":
+                flags.append(flag + separator + value)
+            continue
+        if not separator and queue and not queue[0].startswith("--"):
+            separator, value = "=", queue.pop(0)
+        if flag in _LAUNCHER_FLAGS:
+            continue
+        if flag in ("--recipe", "--config"):
+            if not value:
+                raise PskdError(f"{flag} needs a value.")
+            if flag == "--recipe":
+                recipe = value
+            else:
+                config_files.append(value)
+        else:
+            flags.append(flag + separator + value)
+    return recipe, config_files, flags
+
+
+def _config_of_run(flags: list[str]) -> list[str]:
+    """A run that is resumed without recipe or file brings its own configuration."""
+    for flag in reversed(flags):
+        if flag.startswith("--run.dir="):
+            path = Path(flag.partition("=")[2]) / "config.yaml"
+            return [str(path)] if path.is_file() else []
+    return []
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise PskdError(f"--config {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PskdError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise PskdError(f"--config {path} must hold sections such as 'train: {{epochs: 10}}'.")
+    return settings
+
+
+def _layer(settings: Mapping[str, Any], source: str) -> _Layer:
+    tokens = []
+    for section, values in settings.items():
+        if not isinstance(values, dict):
+            raise PskdError(
+                f"{source}: '{section}' must be a section, such as '{section}: {{name: ...}}'."
+            )
+        for name, value in values.items():
+            plain = isinstance(value, str | date)  # YAML reads 2026-01-31 as a date
+            text = str(value) if plain else json.dumps(value, default=str)
+            tokens.append(f"--{section}.{name}={text}")
+    return _Layer(source, tokens)
+
+
+def _choose_method(layers: list[_Layer]) -> tuple[str, list[_Layer]]:
+    """The method decides which keys its section has, so it is read before the rest.
+
+    A layer that names another method drops what earlier layers said of theirs.
+    """
+    method = _DEFAULT_METHOD
+    kept: list[_Layer] = []
+    for layer in layers:
+        names = [t.partition("=")[2] for t in layer.tokens if t.startswith("--method.name=")]
+        if names and names[-1] != method:
+            method = names[-1]
+            known(method, SECTIONS, "method.name")
+            kept = [
+                _Layer(k.source, [t for t in k.tokens if not t.startswith("--method.")])
+                for k in kept
+            ]
+        kept.append(layer)
+    return method, kept
+
+
+@cache
+def _keys(method: str) -> dict[str, dataclasses.Field[Any]]:
+    return {
+        f"{section}.{f.name}": f
+        for section, kind in section_types(SECTIONS[method])
+        for f in dataclasses.fields(kind)
+    }
+
+
+def _check_keys(layer: _Layer, method: str) -> None:
+    prefix = f"{layer.source}: " if layer.source else ""
+    for token in layer.tokens:
+        if not token.startswith("--"):
+            raise PskdError(f"'{token}' is not a flag. Use --section.field VALUE; see --help.")
+        name = token.partition("=")[0].removeprefix("--")
+        if name.removesuffix("+") not in _keys(method):  # KEY+ appends to a list
+            raise PskdError(prefix + _unknown_key(name, method))
+        if "=" not in token:
+            raise PskdError(f"--{name} needs a value: --{name} VALUE.")
+
+
+def _unknown_key(name: str, method: str) -> str:
+    if name in _PUBLIC_FLAGS:
+        ours = _PUBLIC_FLAGS[name]
+        return f"unknown key '{name}' (a flag of the public code). Here it is {ours}."
+    owners = [m for m in SECTIONS if name in _keys(m)]
+    if owners:
+        return (
+            f"unknown key '{name}': it belongs to method {' and '.join(owners)}, "
+            f"but method.name is {method}."
+        )
+    keys = list(_keys(method))
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+    near += [k for k in keys if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = f" Did you mean '{near[0]}'?" if near else " See --help for the keys."
+    return f"unknown key '{name}'.{hint}"
+
+
+def _parser(method: str) -> Any:
+    parser = jsonargparse.ArgumentParser(
+        prog="train.py",
+        usage="%(prog)s [--recipe NAME] [--config FILE.yaml] [--section.field VALUE ...]",
+        description="Train an image classifier. Later wins: recipe, --config files, flags. "
+        f"Recipes: {', '.join(recipe_names())}.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config=None,
+    )
+    for section, kind in section_types(SECTIONS[method]):
+        group = parser.add_argument_group(section, (kind.__doc__ or "").strip())
+        for f in dataclasses.fields(kind):
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            text = f"{f.metadata['help']} [{f.metadata['tag']}]"
+            group.add_argument(f"--{section}.{f.name}", type=f.type, default=default, help=text)
+    return parser
+
+
+def _parse(tokens: list[str], method: str) -> dict[str, Any]:
+    try:
+        return dict(_parser(method).parse_args(tokens).as_dict())
+    except jsonargparse.ArgumentError as error:
+        message = " ".join(str(error).replace("Parser key ", "").split())
+        message = re.sub(r"a <class '(\w+)'>|a typing\.Literal", r"\1", message)
+        raise PskdError(f"{message}.") from error

@@ -1,0 +1,89 @@
+"""The `pskd` command."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pskd.cli import main
+from pskd.metrics import summarize
+
+
+@pytest.fixture
+def logits_file(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "logits.npz"
+    np.savez(path, logits=rng.normal(size=(50, 7)), labels=rng.integers(0, 7, 50))
+    return path
+
+
+def test_evaluate_prints_only_the_measures_as_json(logits_file, capsys):
+    assert main(["evaluate", "--logits", str(logits_file), "--json"]) == 0
+    arrays = np.load(logits_file)
+    expected = summarize(arrays["logits"], arrays["labels"])
+    assert json.loads(capsys.readouterr().out) == expected
+    assert list(expected) == ["top1_error", "top5_error", "nll", "ece", "aurc", "eaurc"]
+
+
+def test_evaluate_for_people_takes_the_number_of_bins(logits_file, capsys):
+    assert main(["evaluate", "--logits", str(logits_file), "--bins", "15"]) == 0
+    arrays = np.load(logits_file)
+    ece = summarize(arrays["logits"], arrays["labels"], 15)["ece"]
+    assert f"ece         {ece:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arrays", "part"),
+    [
+        ({"logits": np.zeros((2, 3))}, "labels"),
+        ({"logits": np.zeros((2, 3)), "labels": np.array([0, 3])}, "3 at sample 1"),
+        ({"logits": np.full((2, 3), np.nan), "labels": np.array([0, 1])}, "NaN"),
+        (
+            {"logits": np.zeros((1, 2)), "labels": np.array([{}], dtype=object)},
+            "allow_pickle=False",
+        ),
+    ],
+)
+def test_evaluate_names_what_is_wrong_with_the_file(tmp_path, capsys, arrays, part):
+    path = tmp_path / "bad.npz"
+    np.savez(path, **arrays)
+    assert main(["evaluate", "--logits", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert str(path) in captured.err
+    assert part in captured.err
+
+
+def test_evaluate_of_a_missing_file(tmp_path, capsys):
+    assert main(["evaluate", "--logits", str(tmp_path / "none.npz")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def measured(top1, epoch, top5=1.5):
+    return {
+        "epoch": epoch,
+        "top1_error": top1,
+        "top5_error": top5,
+        "nll": 0.12345,
+        "ece": 3.0,
+        "aurc": 7.0,
+    }
+
+
+def test_compare_shows_the_last_epoch_first_and_the_best_beside_it(tmp_path, capsys):
+    for name, top5 in (("a", 1.5), ("b", None)):
+        (tmp_path / name).mkdir()
+        result = {"last": measured(5.0, 9, top5), "best": measured(4.0, 6, top5)}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    assert rows[2] == ["a", "10", "5.00", "1.50", "0.1235", "3.00", "7.00", "4.00 (7)"]
+    assert rows[3][3] == "-"
+
+
+def test_compare_of_an_unfinished_run_says_how_to_finish_it(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 1
+    assert f"train.py --run.dir {tmp_path}" in capsys.readouterr().err

@@ -1,0 +1,58 @@
+"""Every command of the README runs: here, or as the main commands of continuous integration."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAIN = ("scripts/demo.sh", "scripts/test.sh")  # set up the environment; run by .ci/run
+
+
+def commands() -> list[str]:
+    """The lines of the README's shell blocks, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def test_continuous_integration_runs_the_two_main_commands():
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    for command in MAIN:
+        assert command in ci
+        assert any(line.split("#")[0].strip() == command for line in commands())
+
+
+def test_every_other_command_of_the_readme_works(tmp_path):
+    others = [line for line in commands() if line.split("#")[0].strip() not in MAIN]
+    assert others
+    for name in ("train.py", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = tmp_path / ".venv" / "bin"
+    environment.mkdir(parents=True)
+    # The environment that the tests run in is the one that the scripts have made.
+    (environment / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(20, 5)), rng.integers(0, 5, 20)
+    np.savez(tmp_path / "logits.npz", logits=logits, labels=labels)
+    script = "\n".join(["set -ex", *others])
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| digits " in done.stdout
+    assert (tmp_path / "runs/digits/result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["pskd/store/format.py", "ds_configs/fp32.json", "LICENSE"])
+def test_files_that_the_readme_names_exist(name):
+    assert (ROOT / name).exists()
+    assert Path(name).name in (ROOT / "README.md").read_text()
