@@ -7,8 +7,8 @@
 Written aside, fsynced, renamed, `latest` last. <epoch>-<step> is the next step to train.
 """
 
-import json
-import os
+import hashlib
+import io
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +17,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from pskd.errors import PskdError
-from pskd.files import sha256_of, sync_directory, write_atomically
+from pskd.files import (
+    read_manifest,
+    sha256_of,
+    sync_directory,
+    write_atomically,
+    write_manifest,
+)
 
 _VERSION = 1
 
@@ -79,21 +85,20 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             state = {name: part.state_dict() for name, part in self._parts.items()}
-            with (aside / "state.pt").open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            # Through memory: torch.save to a file turns a full disk into a nameless RuntimeError.
+            content = io.BytesIO()
+            torch.save(state, content)
+            write_atomically(aside / "state.pt", content.getbuffer())
             manifest = {
-                "version": _VERSION,
                 "serial": 1 + max((m["serial"] for m in self._manifests().values()), default=0),
                 "epoch": position.epoch,
                 "step": position.step,
                 "store": state.get("store"),
-                "sha256": {"state.pt": sha256_of(aside / "state.pt")},
+                "sha256": {"state.pt": hashlib.sha256(content.getbuffer()).hexdigest()},
             }
-            write_atomically(aside / "manifest.json", json.dumps(manifest).encode())
+            write_manifest(aside / "manifest.json", _VERSION, manifest)
             # A process killed before it could write `latest` leaves the same content: replace it.
-            shutil.rmtree(final, ignore_errors=True)
+            self._delete(position.name)
             aside.rename(final)
             sync_directory(self._directory)
             write_atomically(self._directory / "latest", position.name.encode())
@@ -106,9 +111,18 @@ class Checkpoints:
             ) from error
 
     def latest(self) -> str | None:
-        """Name of the newest checkpoint, or None."""
+        """Name of the newest checkpoint, or None.
+
+        Raises:
+            PskdError: `latest` cannot be read.
+        """
         path = self._directory / "latest"
-        return path.read_text().strip() if path.exists() else None
+        try:
+            return path.read_text().strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise PskdError(f"{path} cannot be read: {error}. {self._remedy()}") from error
 
     def read(self, name: str) -> tuple[Position, dict[str, Any]]:
         """Verify and read a checkpoint; touches nothing.
@@ -118,12 +132,7 @@ class Checkpoints:
         """
         directory = self._directory / name
         try:
-            manifest = json.loads((directory / "manifest.json").read_text())
-            if manifest["version"] != _VERSION:
-                raise PskdError(
-                    f"checkpoint {directory} has version {manifest['version']}, "
-                    f"this program reads version {_VERSION}."
-                )
+            manifest = read_manifest(directory / "manifest.json", _VERSION)
             for file, digest in manifest["sha256"].items():
                 if sha256_of(directory / file) != digest:
                     raise PskdError(
@@ -131,7 +140,7 @@ class Checkpoints:
                         f"{self._remedy(name)}"
                     )
             state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise PskdError(
                 f"checkpoint {directory} cannot be read: {error}. {self._remedy(name)}"
             ) from error
@@ -143,23 +152,31 @@ class Checkpoints:
             part.load_state_dict(state[name])
 
     def _manifests(self) -> dict[str, dict[str, Any]]:
-        """Of every checkpoint that is whole enough to have a readable one."""
+        """Of every checkpoint that has a whole one."""
         found = {}
         for path in self._directory.glob("[0-9]*/manifest.json"):
             with suppress(ValueError):
-                found[path.parent.name] = json.loads(path.read_text())
+                found[path.parent.name] = read_manifest(path, _VERSION)
         return found
 
     def _retain(self) -> list[dict[str, Any]]:
         """Keep the newest by serial number: after a resume from an older one, names go back."""
         manifests = self._manifests()
-        by_age = sorted(manifests, key=lambda name: manifests[name]["serial"])
+        latest = self.latest()
+        by_age = sorted(manifests, key=lambda name: (name == latest, manifests[name]["serial"]))
         for name in by_age[: -self._keep]:
-            shutil.rmtree(self._directory / name)
+            self._delete(name)
         return [manifests[name] for name in by_age[-self._keep :]]
 
-    def _remedy(self, name: str) -> str:
-        others = sorted(set(self._manifests()) - {name})
+    def _delete(self, name: str) -> None:
+        """Renamed first: a checkpoint that is there is whole."""
+        if (self._directory / name).exists():
+            aside = (self._directory / name).rename(self._directory / f".{name}.old.tmp")
+            shutil.rmtree(aside)
+
+    def _remedy(self, name: str | None = None) -> str:
+        others = {n: m["serial"] for n, m in self._manifests().items() if n != name}
         if not others:
             return "There is no other checkpoint: start a new run."
-        return f"To resume from the one before, write {others[-1]} into {self._directory}/latest."
+        before = max(others, key=lambda n: others[n])
+        return f"To resume from the one before, write {before} into {self._directory}/latest."

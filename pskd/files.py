@@ -1,11 +1,13 @@
 """Durable files: what is written here is there after a kill or a power cut, whole or not at all."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace `path` by `content`: written aside, fsynced, renamed, directory fsynced.
 
     Raises:
@@ -37,3 +39,35 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(path: Path, version: int, content: dict[str, Any]) -> None:
+    """Replace a JSON file that carries its version and the sha256 of its content."""
+    sealed = {"version": version, "content": content, "sha256": _seal(content)}
+    write_atomically(path, json.dumps(sealed).encode())
+
+
+def read_manifest(path: Path, version: int) -> dict[str, Any]:
+    """The content of a file that `write_manifest` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: another version, or damaged.
+    """
+    try:
+        sealed = json.loads(path.read_text())
+        if sealed["version"] != version:
+            raise ValueError(
+                f"{path} has version {sealed['version']}, this program reads version {version}"
+            )
+        content: dict[str, Any] = sealed["content"]
+        whole = sealed["sha256"] == _seal(content)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged")
+    return content
+
+
+def _seal(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

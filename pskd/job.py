@@ -78,6 +78,9 @@ def run(invocation: Invocation) -> int:
         _report(path, str(error), speaks=rank == 0)
     except PskdError as error:
         _report(path, str(error), speaks=True)
+    except OSError as error:
+        name = error.filename or path
+        _report(path, f"{name}: {error.strerror}. Start again when it is mended.", speaks=True)
     except (RuntimeError, dist.DistError) as error:
         if not _is_lost_peer(error):
             _report(path, repr(error), speaks=False)
@@ -164,7 +167,7 @@ def _prepare(
     config: Config, here: World, catalog: Catalog, plan: Plan, directory: RunDir, threads: int
 ) -> tuple[Trainer, Position]:
     """Build every part, and bring it to where the run was left."""
-    start = _register_start(config, here, directory, threads)
+    start, status = _register_start(config, here, directory, threads)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     model = models.build(config.model.name, catalog.num_classes).to(here.device)
     with here.together():
@@ -203,11 +206,9 @@ def _prepare(
         if part is not None:
             checkpoints.register(name, part)
     position = _restore(checkpoints, here)
-    status = None
-    if here.rank == 0:
+    if status is not None:
         directory.write_metrics(history.lines)
-        status = Status(directory, config.train.epochs)
-        status.beat(*position)
+        status.write("running", None, *position)
         log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
@@ -226,9 +227,14 @@ def _prepare(
     return trainer, position
 
 
-def _register_start(config: Config, here: World, directory: RunDir, threads: int) -> int:
-    """Compare configuration and software with the run's; returns the number of this start."""
-    start = 0
+def _register_start(
+    config: Config, here: World, directory: RunDir, threads: int
+) -> tuple[int, Status | None]:
+    """Compare configuration and software with the run's; returns the number of this start.
+
+    From here on the run is `running`: a start that fails later has failed the run.
+    """
+    start, status = 0, None
     with here.together():
         if here.rank == 0:
             directory.reconcile(config)
@@ -238,7 +244,9 @@ def _register_start(config: Config, here: World, directory: RunDir, threads: int
                     "resumed weights may differ in the last bits from an undisturbed run: %s",
                     "; ".join(changes),
                 )
-    return int(here.broadcast(start))
+            status = Status(directory, config.train.epochs)
+            status.write("running", None, 0, 0)
+    return int(here.broadcast(start)), status
 
 
 def _facts(here: World, threads: int) -> dict[str, Any]:
@@ -260,7 +268,9 @@ def _restore(checkpoints: Checkpoints, here: World) -> Position:
     with here.together():
         if here.rank == 0:
             checkpoints.prepare()
-    name = here.broadcast(checkpoints.latest() if here.rank == 0 else None)
+    with here.together():
+        name = checkpoints.latest()
+    name = here.broadcast(name)  # rank 0's, should a file system show an older one elsewhere
     if name is None:
         return Position(0, 0)
     with here.together():

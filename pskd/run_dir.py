@@ -11,9 +11,12 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,7 +96,12 @@ class RunDir:
         """
         path = self.path / "config.yaml"
         if path.exists():
-            saved = yaml.safe_load(path.read_text())
+            try:
+                saved = dict(yaml.safe_load(path.read_text()))
+            except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+                raise PskdError(
+                    f"{path} is damaged ({error}). Restore it, or use another --run.dir."
+                ) from error
             changes = []
             for key, value in config.values("numerics").items():
                 section, _, name = key.partition(".")
@@ -118,9 +126,9 @@ class RunDir:
         if starts:
             before = starts[-1]["facts"]
             changes = [
-                f"{key} was {before.get(key)}, now {value}"
-                for key, value in facts.items()
-                if before.get(key) != value
+                f"{key} was {before.get(key)}, now {facts.get(key)}"
+                for key in {**before, **facts}
+                if before.get(key) != facts.get(key)
             ]
         entry = {
             "start": len(starts),
@@ -155,6 +163,7 @@ class Status:
             "pid": os.getpid(),
         }
         self._next_beat = 0.0
+        self._begun = False
 
     def beat(self, epoch: int, step: int) -> None:
         """Note progress; written at most every few seconds."""
@@ -164,9 +173,13 @@ class Status:
             self.write("running", None, epoch, step)
 
     def write(self, state: str, reason: str | None, epoch: int, step: int) -> None:
-        """Replace the file."""
+        """Replace the file, unless another rank has written there since that the run failed."""
         self._value.update(state=state, reason=reason, epoch=epoch, step=step)
-        self._run.write_json("status.json", {**self._value, "heartbeat": time.time()})
+        with _status_lock(self._run.path):
+            if self._begun and self._run.read_json("status.json")["state"] == "failed":
+                return
+            self._run.write_json("status.json", {**self._value, "heartbeat": time.time()})
+            self._begun = True
 
 
 def fail(path: Path, reason: str) -> bool:
@@ -175,8 +188,7 @@ def fail(path: Path, reason: str) -> bool:
     Returns whether this rank was the first to say so; the others have nothing to add.
     """
     run = RunDir(path)
-    with (path / "status.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _status_lock(path):
         status = run.read_json("status.json")
         if status is None or status["state"] != "running":
             return False
@@ -187,6 +199,13 @@ def fail(path: Path, reason: str) -> bool:
         return True
 
 
+@contextmanager
+def _status_lock(path: Path) -> Iterator[None]:
+    with (path / "status.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def new_path(root: Path, label: str) -> Path:
     """Make `root/NNNN-label`, the next free number.
 
@@ -195,9 +214,8 @@ def new_path(root: Path, label: str) -> Path:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        number = 1 + max(
-            (int(p.name[:4]) for p in root.iterdir() if p.name[:4].isdigit()), default=0
-        )
+        numbers = (re.match(r"\d+", p.name) for p in root.iterdir())
+        number = 1 + max((int(n[0]) for n in numbers if n), default=0)
         while True:
             path = root / f"{number:04d}-{label}"
             try:

@@ -96,7 +96,7 @@ def parse_header(head: bytes) -> Header:
         raise FormatError(f"format version {head[7]}, this program reads version {VERSION}")
     length, crc = _LENGTHS.unpack_from(head, len(_MAGIC))
     text = head[16 : 16 + length]
-    if zlib.crc32(text) != crc:
+    if length == 0 or zlib.crc32(text) != crc:
         raise FormatError("damaged header (crc differs)")
     return Header(**json.loads(text))
 

@@ -3,7 +3,6 @@
 Letters: N samples of the data set, B of a batch, C classes, S segments.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pskd import files
 from pskd.errors import PskdError
-from pskd.files import write_atomically
 from pskd.store.encoding import ENCODINGS
-from pskd.store.format import Entry
-from pskd.store.segment import Ids, SegmentReader
+from pskd.store.format import VERSION, Entry
+from pskd.store.segment import Ids, SegmentReader, explain
 
 MANIFEST = "manifest.json"
 
@@ -60,7 +59,7 @@ class Generation:
 
     def rows(self, ids_B: Ids) -> tuple[Tensor, Tensor]:
         """Decoded rows float32 (B, C), zeros where absent, and present_B bool."""
-        if not self._readers:
+        if not self._readers or not len(ids_B):
             return torch.zeros(len(ids_B), self.classes), torch.zeros(len(ids_B), dtype=torch.bool)
         bytes_BR, present_B = self.encoded_rows(ids_B)
         rows_BC = ENCODINGS[self._readers[0].header.encoding].decode(bytes_BR, self.classes)
@@ -106,10 +105,13 @@ def write_manifest(
     directory: Path, epoch: int, n: int, classes: int, entries: Sequence[Entry]
 ) -> None:
     """Commit a finished generation: `gen-<epoch>/manifest.json` names its entries."""
-    manifest = {"version": 1, "epoch": epoch, "n": n, "classes": classes, "entries": entries}
+    content = {"epoch": epoch, "n": n, "classes": classes, "entries": entries}
     path = directory / generation_name(epoch) / MANIFEST
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(manifest).encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_manifest(path, VERSION, content)
+    except OSError as error:
+        raise explain(error, path) from error
 
 
 def generation_name(epoch: int) -> str:
@@ -125,7 +127,9 @@ def open_generation(path: str | Path) -> Generation:
     """
     directory = Path(path)
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = files.read_manifest(directory / MANIFEST, VERSION)
+    except ValueError as error:
+        raise PskdError(f"prediction store: {error}. Open another generation.") from error
     except OSError as error:
         raise PskdError(
             f"{directory} holds no finished generation of predictions ({error.strerror})."

@@ -51,7 +51,7 @@ class SegmentWriter:
                 path.unlink()
                 raise
         except OSError as error:
-            raise _explain(error, path) from error
+            raise explain(error, path) from error
 
     @property
     def entry(self) -> Entry:
@@ -65,6 +65,8 @@ class SegmentWriter:
             PskdError: the disk is full or failed; what was appended before stays readable.
         """
         rows = len(ids_B)
+        if rows == 0:
+            return
         head = fmt.prefix_units(rows, self._stride)
         chunk = np.zeros((head + rows, self._stride), np.uint8)
         flat = chunk.reshape(-1)
@@ -74,7 +76,7 @@ class SegmentWriter:
         try:
             self._write(flat.data, self._end)
         except OSError as error:
-            raise _explain(error, self._path) from error
+            raise explain(error, self._path) from error
         self._end += chunk.nbytes
         self._rows += rows
         self._crc = fmt.chain(self._crc, crc)
@@ -84,13 +86,17 @@ class SegmentWriter:
         try:
             os.fdatasync(self._file)
         except OSError as error:
-            raise _explain(error, self._path) from error
+            raise explain(error, self._path) from error
 
     def close(self) -> None:
         """Give back the room that was not used, and close. The file is history from here on."""
-        os.ftruncate(self._file, self._end)
-        os.fsync(self._file)
-        os.close(self._file)
+        try:
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+        except OSError as error:
+            raise explain(error, self._path) from error
+        finally:
+            os.close(self._file)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         rest = memoryview(data)
@@ -113,17 +119,17 @@ class SegmentReader:
         try:
             with path.open("rb") as file:
                 self.header = fmt.parse_header(file.read(fmt.HEADER_BYTES))
-                size = os.fstat(file.fileno()).st_size
-                self._chunks = self._scan(file.fileno(), entry, size)
-                # Sizes are checked before mapping: touching a page beyond the end is a SIGBUS.
+                # Its owner may trim the room that it did not use at any time, but no named row.
                 self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                # Checked before any access: touching a page beyond the end is a SIGBUS.
+                self._chunks = self._scan(file.fileno(), entry, len(self._map))
         except OSError as error:
             raise PskdError(f"prediction store: {path}: {error.strerror}. {_REMEDY}") from error
         except fmt.FormatError as error:
             raise PskdError(f"prediction store: {path}: {error}. {_REMEDY}") from error
         self._map.madvise(mmap.MADV_RANDOM)
         stride = self.header.stride
-        units = (size - fmt.HEADER_BYTES) // stride
+        units = (len(self._map) - fmt.HEADER_BYTES) // stride
         body = np.frombuffer(self._map, np.uint8, units * stride, fmt.HEADER_BYTES)
         self.units_US: Bytes = body.reshape(units, stride)
 
@@ -177,7 +183,8 @@ class SegmentReader:
 _REMEDY = "Resume from an older checkpoint (see DIR/checkpoints), or start a new run."
 
 
-def _explain(error: OSError, path: Path) -> PskdError:
+def explain(error: OSError, path: Path) -> PskdError:
+    """What a user can do about a failed write."""
     remedy = "Free some space and start again: the run resumes from its last checkpoint."
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         remedy = "Check the run directory's file system."

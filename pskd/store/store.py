@@ -3,6 +3,7 @@
 Letters: N samples, B of a batch, C classes.
 """
 
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from pskd.errors import PskdError
 from pskd.order import partition
 from pskd.store.encoding import ENCODINGS
 from pskd.store.format import Entry, Header
-from pskd.store.generation import MANIFEST, Generation, generation_name, write_manifest
+from pskd.store.generation import Generation, generation_name, write_manifest
 from pskd.store.segment import Ids, SegmentWriter
 
 
@@ -162,8 +163,7 @@ class Store:
             if generation.name < generation_name(self._epoch) and not any(
                 generation.glob("seg-*.psk")
             ):
-                (generation / MANIFEST).unlink(missing_ok=True)
-                generation.rmdir()
+                shutil.rmtree(generation)
 
     def close(self) -> None:
         """Stop the reading thread. What was not committed stays ignored."""
