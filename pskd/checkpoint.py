@@ -7,8 +7,8 @@
 Written aside, fsynced, renamed, `latest` last. <epoch>-<step> is the next step to train.
 """
 
-import hashlib
 import io
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -56,7 +56,7 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory = directory
+        self.directory = directory
         self._keep = keep
         self._parts: dict[str, Stateful] = {}
 
@@ -67,8 +67,8 @@ class Checkpoints:
 
     def prepare(self) -> None:
         """Rank 0, at start: remove what a killed process left half written."""
-        self._directory.mkdir(exist_ok=True)
-        for aside in self._directory.glob(".*.tmp"):
+        self.directory.mkdir(exist_ok=True)
+        for aside in self.directory.glob(".*.tmp"):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
     def save(self, position: Position) -> list[dict[str, Any]]:
@@ -77,13 +77,13 @@ class Checkpoints:
         Raises:
             PskdError: the disk is full or failed; the previous checkpoint is untouched.
         """
-        final = self._directory / position.name
-        aside = self._directory / f".{position.name}.tmp"
+        final = self.directory / position.name
         if self.latest() == position.name:
             return self._retain()  # asked to stop right after a resume: it is there already
+        aside = self._aside(position)
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            if not aside.exists():  # else it holds shards
+                self.open_aside(position, create=True)
             state = {name: part.state_dict() for name, part in self._parts.items()}
             # Through memory: torch.save to a file turns a full disk into a nameless RuntimeError.
             content = io.BytesIO()
@@ -94,14 +94,14 @@ class Checkpoints:
                 "epoch": position.epoch,
                 "step": position.step,
                 "store": state.get("store"),
-                "sha256": {"state.pt": hashlib.sha256(content.getbuffer()).hexdigest()},
+                "sha256": {p.name: self._seal(p) for p in sorted(aside.iterdir())},
             }
             write_manifest(aside / "manifest.json", _VERSION, manifest)
             # A process killed before it could write `latest` leaves the same content: replace it.
             self._delete(position.name)
             aside.rename(final)
-            sync_directory(self._directory)
-            write_atomically(self._directory / "latest", position.name.encode())
+            sync_directory(self.directory)
+            write_atomically(self.directory / "latest", position.name.encode())
             return self._retain()
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -110,13 +110,25 @@ class Checkpoints:
                 "from the one before: free some space and start again."
             ) from error
 
+    def open_aside(self, position: Position, create: bool) -> Path:
+        """Where the next checkpoint is put together; other ranks may add files before `save`.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        aside = self._aside(position)
+        if create:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        return aside
+
     def latest(self) -> str | None:
         """Name of the newest checkpoint, or None.
 
         Raises:
             PskdError: `latest` cannot be read.
         """
-        path = self._directory / "latest"
+        path = self.directory / "latest"
         try:
             return path.read_text().strip()
         except FileNotFoundError:
@@ -130,7 +142,7 @@ class Checkpoints:
         Raises:
             PskdError: missing or damaged; names the file.
         """
-        directory = self._directory / name
+        directory = self.directory / name
         try:
             manifest = read_manifest(directory / "manifest.json", _VERSION)
             for file, digest in manifest["sha256"].items():
@@ -154,7 +166,7 @@ class Checkpoints:
     def _manifests(self) -> dict[str, dict[str, Any]]:
         """Of every checkpoint that has a whole one."""
         found = {}
-        for path in self._directory.glob("[0-9]*/manifest.json"):
+        for path in self.directory.glob("[0-9]*/manifest.json"):
             with suppress(ValueError):
                 found[path.parent.name] = read_manifest(path, _VERSION)
         return found
@@ -168,10 +180,19 @@ class Checkpoints:
             self._delete(name)
         return [manifests[name] for name in by_age[-self._keep :]]
 
+    def _aside(self, position: Position) -> Path:
+        return self.directory / f".{position.name}.tmp"
+
+    def _seal(self, path: Path) -> str:
+        """Make a file durable; its sha256."""
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return sha256_of(path)
+
     def _delete(self, name: str) -> None:
         """Renamed first: a checkpoint that is there is whole."""
-        if (self._directory / name).exists():
-            aside = (self._directory / name).rename(self._directory / f".{name}.old.tmp")
+        if (self.directory / name).exists():
+            aside = (self.directory / name).rename(self.directory / f".{name}.old.tmp")
             shutil.rmtree(aside)
 
     def _remedy(self, name: str | None = None) -> str:
@@ -179,4 +200,4 @@ class Checkpoints:
         if not others:
             return "There is no other checkpoint: start a new run."
         before = max(others, key=lambda n: others[n])
-        return f"To resume from the one before, write {before} into {self._directory}/latest."
+        return f"To resume from the one before, write {before} into {self.directory}/latest."

@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -45,6 +44,11 @@ class DataSection:
     """What is trained on, and its augmentation."""
 
     name: str = numerics("digits", "the data set")
+    root: str | None = output(None, "the folder that holds it (default: data)")
+    download: bool = output(False, "fetch it if it is not there")
+    limit: int = numerics(0, "train the first so many samples; 0: all")
+    held_out: int = numerics(0, "validate on so many training samples instead of the test split")
+    pad_to: int = numerics(0, "black borders up to so many pixels; 0: none")
     crop_padding: int = numerics(0, "random crop out of the image padded by so many pixels")
     flip: bool = numerics(False, "random horizontal flip")
     last_batch: Literal["train", "drop"] = numerics("train", "what becomes of the short last batch")
@@ -52,7 +56,10 @@ class DataSection:
     def check(self) -> None:
         """The data set exists."""
         known(self.name, DATASETS, "data.name")
-        require(self.crop_padding >= 0, "data.crop_padding", self.crop_padding, "use 0 or more.")
+        for name in ("limit", "held_out", "pad_to", "crop_padding"):
+            value = getattr(self, name)
+            require(value >= 0, f"data.{name}", value, "use 0 or more.")
+        require(self.root != "", "data.root", "''", "name a folder, or leave the flag out.")
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,9 @@ class OptimizerSection:
     weight_decay: float = numerics(5e-4, "L2 penalty")
     decay_norm_and_bias: bool = numerics(True, "apply weight_decay to norms and biases as well")
     clip_norm: float = numerics(0.0, "largest norm of the gradient; 0: no clipping")
+    implementation: Literal["default", "foreach", "fused"] = numerics(
+        "default", "torch's kernel for SGD (changes the last bits)"
+    )
 
     def check(self) -> None:
         """Ranges, and what torch's SGD accepts."""
@@ -138,19 +148,14 @@ class TrainSection:
 class EngineSection:
     """The DeepSpeed engine."""
 
-    deepspeed_config: str | None = numerics(
-        None, "a DeepSpeed JSON file, such as ds_configs/fp32.json (the default)"
+    deepspeed_config: str = numerics(
+        "fp32", "precision and ZeRO stage: the name of a file in ds_configs/, or a JSON file"
     )
+    compile: bool = numerics(False, "torch.compile (needs a C++ compiler; changes the last bits)")
+    channels_last: bool = numerics(False, "memory layout NHWC; with ZeRO-0 only")
 
     def check(self) -> None:
-        """The file can be read."""
-        path = self.deepspeed_config
-        require(
-            path is None or Path(path).is_file(),
-            "engine.deepspeed_config",
-            path,
-            "no such file; ds_configs/ holds the tested ones.",
-        )
+        """Nothing without reading the file: see `deepspeed_config.py`."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +170,16 @@ class StoreSection:
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """The measures on the validation split, after each epoch."""
+    """The measures on the validation split."""
 
+    every: int = output(1, "after every so many epochs, and after the last")
     batch_size: int = speed(256, "samples a rank evaluates at a time")
+    precision: Literal["training", "fp32"] = output("training", "precision of the forward pass")
     ece_bins: int = output(10, "bins of the expected calibration error")
 
     def check(self) -> None:
         """Counts are positive."""
+        require(self.every >= 1, "evaluation.every", self.every, "use 1 or more.")
         require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "use 1 or more.")
         require(self.ece_bins >= 1, "evaluation.ece_bins", self.ece_bins, "use 1 or more.")
 

@@ -1,9 +1,10 @@
-"""The DeepSpeed engine: build, step, buffers, state. ZeRO-0, fp32.
+"""The DeepSpeed engine: build, step, buffers, state.
+
+ZeRO-0 state is written by us; under ZeRO-1 and 2 DeepSpeed writes the optimizer's shards.
 
 Letters: B samples, C classes.
 """
 
-import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,52 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pskd.config import OptimizerSection
+from pskd import deepspeed_config
+from pskd.config import EngineSection, OptimizerSection
 from pskd.errors import PskdError
 
-# What this program decides itself: the order of samples, the optimizer and its schedule.
-_OWNED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-)
-
-
-def deepspeed_config(
-    path: str | None, *, batch: int, world: int, accumulation: int, clip_norm: float
-) -> dict[str, Any]:
-    """The file's settings, what we own filled in. `batch`: samples of an optimizer step.
-
-    Raises:
-        PskdError: the file is no JSON object, sets what we own to anything but "auto", or asks
-            for a ZeRO stage above 0.
-    """
-    settings: dict[str, Any] = {"zero_optimization": {"stage": 0}} if path is None else _read(path)
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage != 0:
-        raise PskdError(
-            f"{path}: zero_optimization.stage is {stage}: only ZeRO-0 is supported so far. "
-            "Use ds_configs/fp32.json."
-        )
-    # DeepSpeed only checks the arithmetic; parts may differ by two samples between ranks.
-    owned = {
-        "train_micro_batch_size_per_gpu": max(1, batch // (world * accumulation)),
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip_norm,
-    }
-    for key in _OWNED:
-        given = settings.pop(key, "auto")
-        if given != "auto" and given != owned.get(key):
-            raise PskdError(
-                f"{path}: '{key}' is {given}, but this program sets it "
-                '(train.*, optimizer.*, schedule.*). Remove it, or write "auto".'
-            )
-    return {**settings, **owned, "steps_per_print": 10**9}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
@@ -68,21 +28,40 @@ class Engine:
         self,
         model: nn.Module,
         optimizer: OptimizerSection,
+        section: EngineSection,
         settings: dict[str, Any],
         timeout: timedelta,
     ) -> None:
-        sgd = torch.optim.SGD(
-            _parameter_groups(model, optimizer),
-            lr=optimizer.lr,
-            momentum=optimizer.momentum,
-            nesterov=optimizer.nesterov,
-        )
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=sgd, config=settings
-        )
+        """`settings`: from `deepspeed_config.complete`.
+
+        Raises:
+            PskdError: DeepSpeed refuses the settings, or options that exclude each other.
+        """
+        self.sharded = deepspeed_config.stage(settings) > 0
+        if section.channels_last and self.sharded:
+            raise PskdError(
+                "engine.channels_last with ZeRO-1 or 2: its flat buffers need contiguous weights. "
+                "Use stage 0, or leave channels_last out."
+            )
+        self._precision = _DTYPES[deepspeed_config.precision(settings)]
+        try:
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=_sgd(model, optimizer), config=settings
+            )
+        except ValueError as error:  # its sections are checked by pydantic
+            raise PskdError(
+                f"engine.deepspeed_config {section.deepspeed_config}: {error}"
+            ) from error
         # DeepSpeed reduces gradients in a group of its own, which has torch's 30 minutes.
         dist.set_timeout(timeout, self._engine.data_parallel_group)
         self.model: nn.Module = self._engine.module
+        self._layout = torch.contiguous_format
+        if section.channels_last:
+            self._layout = torch.channels_last
+            self.model.to(memory_format=self._layout)  # before initialize, DeepSpeed cannot send it
+        if section.compile:
+            self._engine.compile()
+        self._scaler: torch.amp.GradScaler | None = self._engine.torch_autocast_z0_gradscaler
 
     def train(self) -> None:
         """BatchNorm uses and updates the statistics of the batch."""
@@ -90,15 +69,29 @@ class Engine:
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, C) with gradient."""
-        logits_BC: Tensor = self._engine(images_BCHW)
+        logits_BC: Tensor = self._engine(images_BCHW.contiguous(memory_format=self._layout))
         return logits_BC
 
     def backward_and_step(self, loss: Tensor, lr: float) -> None:
-        """Backward of one micro-batch; updates the weights after the last of a step."""
+        """Backward of one micro-batch; updates the weights after the last of a step.
+
+        With fp16 an update whose scaled gradients overflow is skipped and the scale lowered.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.backward(loss)
         self._engine.step()
+
+    @torch.no_grad()
+    def predict(self, images_BCHW: Tensor, full_precision: bool) -> Tensor:
+        """Logits (B, C) float32 for evaluation, in training's precision or in fp32."""
+        self.model.eval()
+        half = self._precision != torch.float32 and not full_precision
+        images_BCHW = images_BCHW.contiguous(memory_format=self._layout)
+        # `engine.module` bypasses DeepSpeed's autocast.
+        with torch.autocast(images_BCHW.device.type, self._precision, enabled=half):
+            logits_BC: Tensor = self.model(images_BCHW)
+        return logits_BC.float()
 
     def sync_buffers(self) -> None:
         """Give every rank the buffers of rank 0 (BatchNorm statistics), which are canonical.
@@ -109,23 +102,69 @@ class Engine:
             dist.broadcast(buffer, src=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, buffers and momentum."""
-        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        """Weights, buffers, momentum, loss scale; if sharded, only by how many ranks."""
+        if self.sharded:
+            return {"ranks": dist.get_world_size()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from saved state."""
+        """Continue from saved state; if sharded, `load_shards` does it, on as many ranks.
+
+        Raises:
+            PskdError: the shards are of another number of ranks.
+        """
+        if self.sharded:
+            if state["ranks"] != dist.get_world_size():
+                raise PskdError(
+                    f"the checkpoint holds ZeRO shards of {state['ranks']} ranks, this job has "
+                    f"{dist.get_world_size()}. Start {state['ranks']} ranks, or train with ZeRO-0."
+                )
+            return
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+
+    def save_shards(self, directory: Path) -> None:
+        """Collective: DeepSpeed's files of all ranks, into an existing directory.
+
+        Raises:
+            PskdError: a file cannot be written.
+        """
+        try:
+            self._engine.save_checkpoint(
+                str(directory.parent), tag=directory.name, save_latest=False
+            )
+            for script in ("zero_to_fp32.py", "zero_to_torch.py"):
+                # DeepSpeed leaves them beside; they need a package that it does not install.
+                (directory.parent / script).unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:
+            raise PskdError(f"shards of {directory} cannot be written: {error}.") from error
+
+    def load_shards(self, directory: Path) -> None:
+        """Collective: what `save_shards` wrote. Executes pickles: only for files of one's own.
+
+        Raises:
+            PskdError: DeepSpeed finds no shards there.
+        """
+        found, _ = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        if found is None:
+            raise PskdError(f"checkpoint {directory} holds no shards. Resume from an older one.")
 
 
-def _read(path: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise PskdError(f"{path} is no readable DeepSpeed JSON file: {error}.") from error
-    if not isinstance(settings, dict):
-        raise PskdError(f"{path} must hold a JSON object.")
-    return settings
+def _sgd(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        _parameter_groups(model, optimizer),
+        lr=optimizer.lr,
+        momentum=optimizer.momentum,
+        nesterov=optimizer.nesterov,
+        foreach=True if optimizer.implementation == "foreach" else None,
+        fused=True if optimizer.implementation == "fused" else None,
+    )
 
 
 def _parameter_groups(model: nn.Module, optimizer: OptimizerSection) -> list[dict[str, Any]]:

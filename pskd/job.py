@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pskd import hashing, models, run_dir, world
+from pskd import deepspeed_config, hashing, models, run_dir, world
 from pskd.checkpoint import Checkpoints, Position, Stateful
 from pskd.command_line import Invocation
 from pskd.config import Config
 from pskd.data.arrays import ArrayData
-from pskd.data.catalog import DATASETS, Catalog
-from pskd.engine import Engine, deepspeed_config
+from pskd.data.catalog import Catalog, load
+from pskd.engine import Engine
 from pskd.errors import EXIT_FAILED, AgreedError, PskdError
 from pskd.methods import registry
 from pskd.order import Plan
@@ -82,7 +82,9 @@ def run(invocation: Invocation) -> int:
         name = error.filename or path
         _report(path, f"{name}: {error.strerror}. Start again when it is mended.", speaks=True)
     except (RuntimeError, dist.DistError) as error:
-        if not _is_lost_peer(error):
+        if _is_out_of_memory(error):
+            _report(path, _out_of_memory(config, error), speaks=True)
+        elif not _is_lost_peer(error):
             _report(path, repr(error), speaks=False)
             traceback.print_exc()
         elif path is not None and run_dir.fail(path, "lost a peer"):
@@ -116,10 +118,30 @@ def _is_lost_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(config: Config, error: Exception) -> str:
+    reason = str(error).splitlines()[0]
+    return (
+        f"out of memory with train.batch_size {config.train.batch_size} and train.accumulation "
+        f"{config.train.accumulation} ({reason}). The same batch needs less with a larger "
+        "train.accumulation or with more ranks, in a new run."
+    )
+
+
 def _data(config: Config, here: World) -> tuple[Catalog, Plan]:
     """The samples, equal on all ranks, and how they are dealt out."""
     with here.together():
-        catalog = DATASETS[config.data.name]()
+        catalog = load(
+            config.data.name,
+            root=config.data.root,
+            download=config.data.download,
+            held_out=config.data.held_out,
+            limit=config.data.limit,
+            pad_to=config.data.pad_to,
+        )
         plan = Plan(
             n=len(catalog.train),
             global_batch=config.train.batch_size,
@@ -171,14 +193,15 @@ def _prepare(
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     model = models.build(config.model.name, catalog.num_classes).to(here.device)
     with here.together():
-        settings = deepspeed_config(
+        settings = deepspeed_config.complete(
             config.engine.deepspeed_config,
             batch=plan.global_batch,
             world=here.size,
             accumulation=plan.accumulation,
             clip_norm=config.optimizer.clip_norm,
         )
-    engine = Engine(model, config.optimizer, settings, here.timeout)
+    with here.together():
+        engine = Engine(model, config.optimizer, config.engine, settings, here.timeout)
     method = registry.create(config.method)
     store = None
     if method.needs_store:
@@ -205,7 +228,7 @@ def _prepare(
     for name, part in parts.items():
         if part is not None:
             checkpoints.register(name, part)
-    position = _restore(checkpoints, here)
+    position = _restore(checkpoints, engine, here)
     if status is not None:
         directory.write_metrics(history.lines)
         status.write("running", None, *position)
@@ -263,7 +286,7 @@ def _facts(here: World, threads: int) -> dict[str, Any]:
     }
 
 
-def _restore(checkpoints: Checkpoints, here: World) -> Position:
+def _restore(checkpoints: Checkpoints, engine: Engine, here: World) -> Position:
     """Load the newest checkpoint, if there is one: all verify, agree, then load."""
     with here.together():
         if here.rank == 0:
@@ -277,4 +300,7 @@ def _restore(checkpoints: Checkpoints, here: World) -> Position:
         position, state = checkpoints.read(name)
     with here.together():
         checkpoints.restore(state)
+    if engine.sharded:
+        with here.together():
+            engine.load_shards(checkpoints.directory / name)
     return position

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+MEASURES = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc")
+
+
 @dataclass(frozen=True, eq=False)
 class Records:
     """All the measures need to know of N samples: 24 bytes each, whatever C is.

@@ -58,9 +58,12 @@ class Progress:
 def readable(line: dict[str, Any]) -> str:
     """A line of metrics.jsonl for people."""
     alpha = f"alpha {line['alpha']:.2f}, " if "alpha" in line else ""
+    text = f"loss {line['train_loss']:.4f}, {alpha}"
+    rate = f"{line['images_per_s']:.0f} images/s"
+    if line["top1_error"] is None:  # this epoch was not evaluated
+        return text + rate
     top5 = f"top-5 error {line['top5_error']:.2f} %, " if line["top5_error"] is not None else ""
     return (
-        f"loss {line['train_loss']:.4f}, {alpha}top-1 error {line['top1_error']:.2f} %, {top5}"
-        f"NLL {line['nll']:.4f}, ECE {line['ece']:.2f} %, AURC {line['aurc']:.2f}, "
-        f"{line['images_per_s']:.0f} images/s"
+        f"{text}top-1 error {line['top1_error']:.2f} %, {top5}NLL {line['nll']:.4f}, "
+        f"ECE {line['ece']:.2f} %, AURC {line['aurc']:.2f}, {rate}"
     )

@@ -20,7 +20,7 @@ from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError, PskdError
 from pskd.guard import Guard, StopRequest
 from pskd.hashing import hash64
 from pskd.methods.interface import Method, Past
-from pskd.metrics import Accumulator, Records, measures
+from pskd.metrics import MEASURES, Accumulator, Records, measures
 from pskd.order import Ids, Plan, epoch_order
 from pskd.progress import Progress, readable
 from pskd.run_dir import RunDir, Status
@@ -88,10 +88,12 @@ class Trainer:
         self._pending: _Step | None = None
         self._stopping = False
         self._loss = float("nan")
+        self._saved: Position | None = None
 
     def run(self, position: Position) -> int:
         """Train from `position` on; returns the exit code."""
         first_step = position.step
+        self._saved = position
         with self._stop.listening():
             for epoch in range(position.epoch, self.config.train.epochs):
                 constants = self.method.begin_epoch(epoch, self.config.train.epochs)
@@ -187,8 +189,8 @@ class Trainer:
         }
         self.history.loss_sum, self.history.samples = 0.0, 0
         self.history.lines.append(line)
-        best = self.history.best
-        improved = best is None or line["top1_error"] < best["top1_error"]
+        best, error = self.history.best, line["top1_error"]
+        improved = error is not None and (best is None or error < best["top1_error"])
         if improved:
             self.history.best = line
         log.info("%s %s", self._label(epoch), readable(line))
@@ -198,16 +200,21 @@ class Trainer:
         self._save(Position(epoch + 1, 0))
 
     def _evaluate(self, epoch: int) -> dict[str, float | None]:
-        """The measures on the validation split; each sample counts once, on any world."""
+        """The measures on the validation split; each sample counts once, on any world.
+
+        All None after an epoch that is not evaluated.
+        """
+        last = epoch + 1 == self.config.train.epochs
+        if not last and (epoch + 1) % self.config.evaluation.every:
+            return dict.fromkeys(MEASURES)
         self.engine.sync_buffers()
-        model = self.engine.model.eval()
         accumulator = Accumulator()
         batches = self.data.validation_batches(
             self.world.rank, self.world.size, self.config.evaluation.batch_size
         )
-        with torch.no_grad():
-            for images_BCHW, labels_B in batches:
-                accumulator.update(model(images_BCHW), labels_B)
+        full_precision = self.config.evaluation.precision == "fp32"
+        for images_BCHW, labels_B in batches:
+            accumulator.update(self.engine.predict(images_BCHW, full_precision), labels_B)
         shares = self.world.gather(accumulator.records().pack().cpu())
         records = Records.concatenate([Records.unpack(share) for share in shares])
         try:
@@ -217,8 +224,16 @@ class Trainer:
 
     def _save(self, position: Position) -> None:
         """A checkpoint: the store by every rank, the rest by rank 0 (its buffers count)."""
+        if position == self._saved:
+            return  # asked to stop right after a resume: it is there already
+        self._saved = position
         if self.store is not None:
             self.store.commit()
+        if self.engine.sharded:
+            with self.world.together():
+                aside = self.checkpoints.open_aside(position, create=self.world.rank == 0)
+            with self.world.together():
+                self.engine.save_shards(aside)
         if self.world.rank == 0:
             retained = self.checkpoints.save(position)
             if self.store is not None:

@@ -77,9 +77,8 @@ def start(timeout_s: int) -> World:
     if place.launched:
         launch.die_with_launcher()
     launch.choose_interface()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank)
+    device = choose_device(place.local_rank, place.local_world_size, torch.cuda.device_count())
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -98,6 +97,22 @@ def start(timeout_s: int) -> World:
             f"{timeout_s}: {error}"
         ) from error
     return World(place.rank, place.world_size, place.local_world_size, device, control, timeout)
+
+
+def choose_device(local_rank: int, local_size: int, gpus: int) -> torch.device:
+    """One GPU a rank where there are GPUs, else the CPU.
+
+    Raises:
+        PskdError: more ranks than GPUs on this node.
+    """
+    if gpus == 0:
+        return torch.device("cpu")
+    if local_size > gpus:
+        raise PskdError(
+            f"{local_size} ranks on a node with {gpus} GPUs. Start at most {gpus} "
+            "(--nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU."
+        )
+    return torch.device("cuda", local_rank)
 
 
 def set_threads(requested: int, world: World) -> int:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from pskd import config as configuration
+from pskd import command_line
 from pskd.checkpoint import Checkpoints
+from pskd.data import digits
 from pskd.data.arrays import ArrayData
-from pskd.data.catalog import DATASETS
 from pskd.engine import Engine, deepspeed_config
 from pskd.errors import PskdError
 from pskd.guard import Guard
@@ -53,8 +53,8 @@ def trainer_of(
     """A trainer of the first `n` digits, on the ranks of the pool."""
     flags = [f"--train.batch_size={batch}", f"--train.accumulation={accumulation}"]
     flags += [f"--optimizer.clip_norm={clip}", "--train.epochs=3", *PLAIN_SGD]
-    config = configuration.load(["--recipe", recipe, *flags]).config
-    catalog = DATASETS["digits"]()
+    config = command_line.load(["--recipe", recipe, *flags]).config
+    catalog = digits.load(None, False)
     train, held_out = catalog.train, catalog.validation
     catalog = replace(
         catalog,
@@ -119,7 +119,7 @@ def steps_of(
 def expected_steps(batch: int, clip: float, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Plain float64 SGD on whole global batches."""
     model = network().double()
-    catalog = DATASETS["digits"]()
+    catalog = digits.load(None, False)
     data = ArrayData(catalog, torch.device("cpu"), 0, 1, False)
     order_N = epoch_order(0, 0, n)
     weights, losses = [], []
@@ -172,7 +172,7 @@ def pskd_epochs(world: World, batch: int, accumulation: int, path: str) -> list[
 def expected_pskd(batch: int) -> tuple[list[float], np.ndarray]:
     """The same in float64, sample by sample, from the equations alone."""
     model = network().double()
-    data = ArrayData(DATASETS["digits"](), torch.device("cpu"), 0, 1, False)
+    data = ArrayData(digits.load(None, False), torch.device("cpu"), 0, 1, False)
     past: dict[int, torch.Tensor] = {}
     for epoch in range(3):
         alpha = 0.8 * (epoch + 1) / 3

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pskd import draws
+from pskd.data import digits
 from pskd.data.arrays import ArrayData
-from pskd.data.catalog import DATASETS, Catalog, Split
+from pskd.data.catalog import Catalog, Split
 from pskd.hashing import hash64
 from pskd.order import MicroBatch, Plan, epoch_order
 
@@ -224,8 +225,8 @@ def test_a_sample_looks_different_in_another_epoch_or_under_another_seed():
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return DATASETS["digits"]()
+def catalog():
+    return digits.load(None, False)
 
 
 def image_hashes(data, catalog, world, accumulation, epoch):
@@ -243,14 +244,14 @@ def image_hashes(data, catalog, world, accumulation, epoch):
     return hashes
 
 
-def test_augmented_pixels_are_bit_identical_on_any_world(digits):
-    data = ArrayData(digits, CPU, seed=0, crop_padding=1, flip=True)
-    expected = image_hashes(data, digits, world=1, accumulation=1, epoch=2)
-    assert sorted(expected) == list(range(len(digits.train)))
+def test_augmented_pixels_are_bit_identical_on_any_world(catalog):
+    data = ArrayData(catalog, CPU, seed=0, crop_padding=1, flip=True)
+    expected = image_hashes(data, catalog, world=1, accumulation=1, epoch=2)
+    assert sorted(expected) == list(range(len(catalog.train)))
     for world in (1, 2, 3, 4, 8):
         for accumulation in (1, 2):
-            fresh = ArrayData(digits, CPU, seed=0, crop_padding=1, flip=True)
-            assert image_hashes(fresh, digits, world, accumulation, epoch=2) == expected
+            fresh = ArrayData(catalog, CPU, seed=0, crop_padding=1, flip=True)
+            assert image_hashes(fresh, catalog, world, accumulation, epoch=2) == expected
 
 
 # --- validation ----------------------------------------------------------------------------
@@ -274,8 +275,8 @@ def test_validation_counts_every_sample_once_unaugmented(world, batch_size, n):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
-def test_validation_shares_of_the_digits_differ_by_at_most_one(digits, world):
-    data = ArrayData(digits, CPU, seed=0, crop_padding=0, flip=False)
+def test_validation_shares_of_the_digits_differ_by_at_most_one(catalog, world):
+    data = ArrayData(catalog, CPU, seed=0, crop_padding=0, flip=False)
     shares = [
         sum(len(labels) for _, labels in data.validation_batches(rank, world, 64))
         for rank in range(world)
@@ -284,14 +285,14 @@ def test_validation_shares_of_the_digits_differ_by_at_most_one(digits, world):
     assert max(shares) - min(shares) <= 1
 
 
-def test_digits_are_1437_and_360_grey_images_of_ten_classes(digits):
-    assert (len(digits.train), len(digits.validation), digits.num_classes) == (1437, 360, 10)
-    assert digits.train.images_NHWC.shape[1:] == (8, 8, 1)
-    assert digits.train.images_NHWC.dtype == np.uint8
-    assert int(digits.train.images_NHWC.max()) == 255
-    scaled = digits.train.images_NHWC / 255
-    assert digits.mean[0] == pytest.approx(scaled.mean(), abs=5e-4)
-    assert digits.std[0] == pytest.approx(scaled.std(), abs=5e-4)
+def test_digits_are_1437_and_360_grey_images_of_ten_classes(catalog):
+    assert (len(catalog.train), len(catalog.validation), catalog.num_classes) == (1437, 360, 10)
+    assert catalog.train.images_NHWC.shape[1:] == (8, 8, 1)
+    assert catalog.train.images_NHWC.dtype == np.uint8
+    assert int(catalog.train.images_NHWC.max()) == 255
+    scaled = catalog.train.images_NHWC / 255
+    assert catalog.mean[0] == pytest.approx(scaled.mean(), abs=5e-4)
+    assert catalog.std[0] == pytest.approx(scaled.std(), abs=5e-4)
 
 
 def test_the_fingerprint_tells_data_sets_with_one_name_apart():

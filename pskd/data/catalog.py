@@ -5,11 +5,26 @@ Letters: N samples, H height, W width, C channels (1 or 3).
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from pskd.errors import PskdError
+from pskd.hashing import hash64
+
+# name -> module with `load(root, download) -> Catalog`
+DATASETS = {
+    "digits": "pskd.data.digits",
+    "fashion-mnist": "pskd.data.fashion_mnist",
+    "cifar10": "pskd.data.cifar10",
+    "cifar100": "pskd.data.cifar100",
+}
+
+DEFAULT_ROOT = Path("data")  # where data sets are looked for, and fetched to
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,10 @@ class Split:
         """Number of samples."""
         return len(self.labels_N)
 
+    def take(self, rows: npt.NDArray[np.int64]) -> "Split":
+        """Some samples, in the order given; their ids are new."""
+        return Split(self.images_NHWC[rows], self.labels_N[rows])
+
 
 @dataclass(frozen=True)
 class Catalog:
@@ -34,6 +53,20 @@ class Catalog:
     std: tuple[float, ...]
     train: Split
     validation: Split
+
+    def __post_init__(self) -> None:
+        for title, split in (("training", self.train), ("validation", self.validation)):
+            if len(split.images_NHWC) != len(split.labels_N):
+                raise PskdError(
+                    f"data.name {self.name}: the {title} split has {len(split.images_NHWC)} images "
+                    f"but {len(split.labels_N)} labels. Fetch the data again."
+                )
+            bad = np.flatnonzero((split.labels_N < 0) | (split.labels_N >= self.num_classes))
+            if len(bad):
+                raise PskdError(
+                    f"data.name {self.name}: label {split.labels_N[bad[0]]} of {title} sample "
+                    f"{bad[0]} is outside 0..{self.num_classes - 1}. Fetch the data again."
+                )
 
     @property
     def num_classes(self) -> int:
@@ -51,26 +84,50 @@ class Catalog:
         return digest.hexdigest()
 
 
-def _digits() -> Catalog:
-    """The 1,797 handwritten digits (8x8, grey) that scikit-learn ships.
+def load(
+    name: str, *, root: str | None, download: bool, held_out: int, limit: int, pad_to: int
+) -> Catalog:
+    """Read a data set, and make of it what the configuration asks for.
 
-    There is no official split; the last 360, a fifth, are for validation.
+    held_out: so many training samples become the validation split. limit: the first so many of
+    the rest are trained (0: all). pad_to: black borders up to this size (0: none).
+
+    Raises:
+        PskdError: missing, damaged or other data; more samples asked for than there are.
     """
-    from sklearn.datasets import load_digits  # noqa: PLC0415  (1 s; only who trains on it pays)
+    read: Callable[[Path | None, bool], Catalog] = import_module(DATASETS[name]).load
+    catalog = read(None if root is None else Path(root), download)
+    if held_out:
+        catalog = _hold_out(catalog, held_out)
+    if limit:
+        if limit > len(catalog.train):
+            raise PskdError(f"data.limit {limit} exceeds the {len(catalog.train)} samples.")
+        catalog = replace(catalog, train=catalog.train.take(np.arange(limit)))
+    if pad_to:
+        catalog = replace(
+            catalog, train=_pad(catalog.train, pad_to), validation=_pad(catalog.validation, pad_to)
+        )
+    return catalog
 
-    digits = load_digits()
-    images_NHW = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    images_NHWC = images_NHW[..., None]
-    labels_N = digits.target.astype(np.int64)
-    held_out = 360
-    return Catalog(
-        name="digits",
-        class_names=tuple(str(c) for c in digits.target_names),
-        mean=(0.3054,),
-        std=(0.3753,),
-        train=Split(images_NHWC[:-held_out], labels_N[:-held_out]),
-        validation=Split(images_NHWC[-held_out:], labels_N[-held_out:]),
+
+def _hold_out(catalog: Catalog, count: int) -> Catalog:
+    """The training samples of smallest hash become the validation split, for every seed alike."""
+    n = len(catalog.train)
+    if count > n - 2:
+        raise PskdError(f"data.held_out {count} leaves fewer than 2 of {n} samples to train.")
+    keys_N = hash64(0, "held-out", 0, np.arange(n, dtype=np.int64), columns=1)[:, 0]
+    by_hash = np.argsort(keys_N, kind="stable")
+    return replace(
+        catalog,
+        train=catalog.train.take(np.sort(by_hash[count:])),
+        validation=catalog.train.take(np.sort(by_hash[:count])),
     )
 
 
-DATASETS: dict[str, Callable[[], Catalog]] = {"digits": _digits}
+def _pad(split: Split, size: int) -> Split:
+    height, width = split.images_NHWC.shape[1:3]
+    if max(height, width) > size:
+        raise PskdError(f"data.pad_to {size} is smaller than the images ({height}x{width}).")
+    y, x = size - height, size - width
+    border = ((0, 0), (y // 2, y - y // 2), (x // 2, x - x // 2), (0, 0))
+    return Split(np.pad(split.images_NHWC, border), split.labels_N)

@@ -13,6 +13,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "pskd.models.preact_resnet",
         {"widths": (64, 128, 256, 512), "blocks": (2, 2, 2, 2)},
     ),
+    "preact_resnet14_w24": (
+        "pskd.models.preact_resnet",
+        {"widths": (24, 48, 96), "blocks": (2, 2, 2), "stem_stride": 2},
+    ),
     "preact_resnet8_w16": (
         "pskd.models.preact_resnet",
         {"widths": (16, 32, 64), "blocks": (1, 1, 1)},

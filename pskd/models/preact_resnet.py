@@ -35,9 +35,11 @@ class Block(nn.Module):
 class PreActResNet(nn.Module):
     """Stem conv-BN-ReLU, stages of blocks (each but the first halves the size), pool, linear."""
 
-    def __init__(self, num_classes: int, widths: Sequence[int], blocks: Sequence[int]) -> None:
+    def __init__(
+        self, num_classes: int, widths: Sequence[int], blocks: Sequence[int], stem_stride: int = 1
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, widths[0], 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         stages: list[nn.Module] = []
         inputs = widths[0]
@@ -57,6 +59,8 @@ class PreActResNet(nn.Module):
         return logits
 
 
-def build(num_classes: int, widths: Sequence[int], blocks: Sequence[int]) -> PreActResNet:
+def build(
+    num_classes: int, widths: Sequence[int], blocks: Sequence[int], stem_stride: int = 1
+) -> PreActResNet:
     """The family's builder, for the registry."""
-    return PreActResNet(num_classes, widths, blocks)
+    return PreActResNet(num_classes, widths, blocks, stem_stride)
