@@ -68,6 +68,7 @@ class Checkpoints:
     def prepare(self) -> None:
         """Rank 0, at start: remove what a killed process left half written."""
         self.directory.mkdir(exist_ok=True)
+        sync_directory(self.directory.parent)
         for aside in self.directory.glob(".*.tmp"):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 

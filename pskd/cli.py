@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
+from zipfile import BadZipFile
 
 from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, PskdError
 
@@ -53,10 +55,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise PskdError(f"--logits {path}: {error.strerror or error}.") from error
     except KeyError as error:
         raise PskdError(f"--logits {path} lacks an array: {error.args[0]}.") from error
-    except ValueError as error:
+    except (ValueError, TypeError, BadZipFile) as error:
         raise PskdError(f"--logits {path}: {error}.") from error
     if arguments.json:
-        print(json.dumps(result))
+        # JSON has no infinity.
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in result.items()}
+        print(json.dumps(finite))
         return
     for name, value in result.items():
         print(f"{name:11} {'-' if value is None else format(value, '.4f')}")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from pskd.data.catalog import DATASETS
-from pskd.fields import known, numerics, output, require, speed
+from pskd.fields import TAGS, content, known, numerics, output, require, speed
 from pskd.methods.sections import MethodSection
 from pskd.models import MODELS
 
@@ -36,7 +36,12 @@ class RunSection:
         require(self.dir != "", "run.dir", "''", "name a directory, or leave the flag out.")
         require(self.threads >= 0, "run.threads", self.threads, "use 0 (automatic) or more.")
         require(self.timeout_s >= 1, "run.timeout_s", self.timeout_s, "use 1 second or more.")
-        require(self.lock_wait_s >= 0, "run.lock_wait_s", self.lock_wait_s, "use 0 or more.")
+        require(
+            0 <= self.lock_wait_s < self.timeout_s,
+            "run.lock_wait_s",
+            self.lock_wait_s,
+            f"use 0 or more, below run.timeout_s {self.timeout_s}: the other ranks wait as well.",
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class TrainSection:
 class EngineSection:
     """The DeepSpeed engine."""
 
-    deepspeed_config: str = numerics(
+    deepspeed_config: str = content(
         "fp32", "precision and ZeRO stage: the name of a file in ds_configs/, or a JSON file"
     )
     compile: bool = numerics(False, "torch.compile (needs a C++ compiler; changes the last bits)")
@@ -175,7 +180,7 @@ class EvaluationSection:
     every: int = output(1, "after every so many epochs, and after the last")
     batch_size: int = speed(256, "samples a rank evaluates at a time")
     precision: Literal["training", "fp32"] = output("training", "precision of the forward pass")
-    ece_bins: int = output(10, "bins of the expected calibration error")
+    ece_bins: int = numerics(10, "bins of the expected calibration error")
 
     def check(self) -> None:
         """Counts are positive."""
@@ -219,7 +224,7 @@ class Config:
 
     def check(self) -> None:
         """All sections, then what depends on two of them."""
-        for tag in ("numerics", "speed", "output"):
+        for tag in TAGS:
             for key, value in self.values(tag).items():
                 finite = not isinstance(value, float) or math.isfinite(value)
                 require(finite, key, value, "use a finite number.")
@@ -237,6 +242,14 @@ class Config:
         sections = dataclasses.asdict(self)
         del sections["run"]["dir"]
         return yaml.safe_dump(sections, sort_keys=False)
+
+    def defaults(self) -> dict[str, Any]:
+        """Flat `section.field` -> default of every field."""
+        return {
+            f"{section}.{f.name}": f.default_factory() if callable(f.default_factory) else f.default
+            for section, kind in section_types(type(self.method))
+            for f in dataclasses.fields(kind)
+        }
 
     def values(self, tag: str) -> dict[str, Any]:
         """Flat `section.field` -> value of the fields with this tag."""

@@ -26,6 +26,7 @@ _OWNED = (
     "scheduler",
     "zero_allow_untested_optimizer",
     "steps_per_print",
+    "timers",
 )
 # Left to the user. A key that is neither owned nor here is refused: DeepSpeed would ignore it.
 _FREE = (
@@ -59,11 +60,13 @@ def complete(
     settings = _read(path)
     # DeepSpeed only checks the arithmetic; parts may differ by two samples between ranks.
     owned: dict[str, Any] = {
+        "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": max(1, batch // (world * accumulation)),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,  # its word for SGD under ZeRO
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # waits for the device twice a step
     }
     for key in (*_OWNED, *_CLASSIC):
         given = settings.pop(key, "auto")
@@ -86,6 +89,7 @@ def complete(
             hint = f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(_FREE)}."
             raise PskdError(f"{path}: unknown key '{key}'.{hint}")
     _check(path, settings)
+    del owned["train_batch_size"]  # it would have to be the product of the others
     return {**settings, **owned}
 
 

@@ -101,6 +101,19 @@ class Engine:
         for buffer in self.model.buffers():
             dist.broadcast(buffer, src=0)
 
+    def check_finite(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            PskdError: a weight is not finite, as after a gradient that was not; names it.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise PskdError(
+                    f"weight {name} is not finite, though the losses were. Nothing of it was "
+                    "saved. Lower optimizer.lr or set optimizer.clip_norm, in a new run."
+                )
+
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers, momentum, loss scale; if sharded, only by how many ranks."""
         if self.sharded:
@@ -142,8 +155,15 @@ class Engine:
             for script in ("zero_to_fp32.py", "zero_to_torch.py"):
                 # DeepSpeed leaves them beside; they need a package that it does not install.
                 (directory.parent / script).unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise PskdError(f"shards of {directory} cannot be written: {error}.") from error
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+                raise  # a lost peer, for one
+            raise PskdError(
+                f"shards of {directory} cannot be written: is the disk full? Free some space and "
+                "start again: the run resumes from its last checkpoint."
+            ) from error
 
     def load_shards(self, directory: Path) -> None:
         """Collective: what `save_shards` wrote. Executes pickles: only for files of one's own.

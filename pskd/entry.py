@@ -8,6 +8,8 @@ from pskd.errors import EXIT_FAILED, PskdError
 
 def main(argv: list[str]) -> int:
     """Train; returns the exit code. Every rank sees the same command line, so rank 0 speaks."""
+    if launch.is_launched():
+        launch.die_with_launcher()  # first of all: imports take seconds, and a launcher can die
     try:
         invocation = command_line.load(argv)
     except PskdError as error:

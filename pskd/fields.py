@@ -1,7 +1,8 @@
 """Tagged configuration fields, and the checks that sections share.
 
-Every field says what a change of it means for a run that is resumed in place:
-`numerics` changes the result and is refused; `speed` and `output` do not and are allowed.
+Every field says what a change of it means for a run that is resumed in place: `numerics` changes
+the result and is refused; so is `content`, the name of a file of which the content counts; `speed`
+and `output` do not change the result and are allowed.
 """
 
 import difflib
@@ -22,7 +23,9 @@ def _tagged(tag: str) -> Callable[[Any, str], Any]:
     return make
 
 
+TAGS = ("numerics", "content", "speed", "output")
 numerics = _tagged("numerics")
+content = _tagged("content")
 speed = _tagged("speed")
 output = _tagged("output")
 

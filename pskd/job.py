@@ -4,14 +4,12 @@ import logging
 import os
 import secrets
 import sys
-import traceback
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pskd import deepspeed_config, hashing, models, run_dir, world
 from pskd.checkpoint import Checkpoints, Position, Stateful
@@ -21,6 +19,8 @@ from pskd.data.arrays import ArrayData
 from pskd.data.catalog import Catalog, load
 from pskd.engine import Engine
 from pskd.errors import EXIT_FAILED, AgreedError, PskdError
+from pskd.failure import understand
+from pskd.fields import TAGS
 from pskd.methods import registry
 from pskd.order import Plan
 from pskd.run_dir import RunDir, Status
@@ -56,99 +56,93 @@ class Identity:
 
 def run(invocation: Invocation) -> int:
     """Train as configured; returns the exit code (0 complete, 75 stopped, 1 failed)."""
-    config = invocation.config
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    path: Path | None = None
-    rank = 0
+    job = _Job(invocation)
     try:
+        return job.run()
+    except (Exception, KeyboardInterrupt) as error:
+        job.report(error)
+        return EXIT_FAILED
+
+
+@dataclass
+class _Job:
+    """How far a job has come, for the report of its failure."""
+
+    invocation: Invocation
+    rank: int = 0
+    path: Path | None = None
+    start: int | None = None  # once the run directory has accepted this start
+
+    def run(self) -> int:
+        config = self.invocation.config
         here = world.start(config.run.timeout_s)
-        rank = here.rank
-        log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+        self.rank = here.rank
+        log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
         threads = world.set_threads(config.run.threads, here)
+        _compare_configurations(config, here)
         catalog, plan = _data(config, here)
-        directory = _open_directory(config, invocation.recipe, here)
-        path = directory.path
-        trainer, position = _prepare(config, here, catalog, plan, directory, threads)
+        settings = _deepspeed_settings(config, plan, here)
+        directory = _open_directory(config, self.invocation.recipe, here)
+        self.path = directory.path
+        self.start = _register_start(config, settings, here, directory, threads)
+        trainer, position = _prepare(config, settings, here, catalog, plan, directory, self.start)
         code = trainer.run(position)
         if trainer.store is not None:
             trainer.store.close()
         world.stop(here)
         return code
-    except AgreedError as error:
-        _report(path, str(error), speaks=rank == 0)
-    except PskdError as error:
-        _report(path, str(error), speaks=True)
-    except OSError as error:
-        name = error.filename or path
-        _report(path, f"{name}: {error.strerror}. Start again when it is mended.", speaks=True)
-    except (RuntimeError, dist.DistError) as error:
-        if _is_out_of_memory(error):
-            _report(path, _out_of_memory(config, error), speaks=True)
-        elif not _is_lost_peer(error):
-            _report(path, repr(error), speaks=False)
-            traceback.print_exc()
-        elif path is not None and run_dir.fail(path, "lost a peer"):
-            log.error(
-                "rank %d lost another rank: %s. Nothing that was saved is lost: start again "
-                "to resume %s.",
-                rank,
-                str(error).splitlines()[0],
-                path,
+
+    def report(self, error: BaseException) -> None:
+        """Say once why the job failed, in the log and in status.json."""
+        failure = understand(error, self.invocation.config.train)
+        first = self.start is None
+        if self.path is not None and self.start is not None:
+            try:
+                first = run_dir.fail(self.path, self.start, failure.reason)
+            except OSError as trouble:
+                log.error("status.json cannot be written: %s", trouble.strerror)
+        speaks = {"rank 0": self.rank == 0, "this": True, "first": first}[failure.speaker]
+        if speaks:
+            log.error("error: %s", failure.reason)
+
+
+def _compare_configurations(config: Config, here: World) -> None:
+    """Refuse ranks that were given another command line or file."""
+    mine = {key: value for tag in TAGS for key, value in config.values(tag).items()}
+    first, *others = here.gather(mine)
+    for rank, values in enumerate(others, start=1):
+        odd = [key for key in {**first, **values} if first.get(key) != values.get(key)]
+        if odd:
+            raise AgreedError(
+                f"rank {rank} has other values than rank 0 for {', '.join(odd)}. "
+                "Start every rank with the same command and files."
             )
-    except Exception as error:
-        _report(path, repr(error), speaks=False)
-        traceback.print_exc()
-    return EXIT_FAILED
-
-
-def _report(path: Path | None, reason: str, speaks: bool) -> None:
-    """Note the failure in status.json and, on the rank that knows, say it once."""
-    if speaks:
-        log.error("error: %s", reason)
-    if path is not None:
-        try:
-            run_dir.fail(path, reason)
-        except OSError as error:
-            log.error("and status.json cannot be written: %s", error.strerror)
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    text = str(error)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _out_of_memory(config: Config, error: Exception) -> str:
-    reason = str(error).splitlines()[0]
-    return (
-        f"out of memory with train.batch_size {config.train.batch_size} and train.accumulation "
-        f"{config.train.accumulation} ({reason}). The same batch needs less with a larger "
-        "train.accumulation or with more ranks, in a new run."
-    )
 
 
 def _data(config: Config, here: World) -> tuple[Catalog, Plan]:
     """The samples, equal on all ranks, and how they are dealt out."""
+    # Fetching is for one process at a time: of the job, then of each node.
+    turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
+    for now in range(3):
+        with here.together():
+            if turn == now:
+                catalog = load(
+                    config.data.name,
+                    root=config.data.root,
+                    download=config.data.download,
+                    held_out=config.data.held_out,
+                    limit=config.data.limit,
+                    pad_to=config.data.pad_to,
+                )
+    plan = Plan(
+        n=len(catalog.train),
+        global_batch=config.train.batch_size,
+        world=here.size,
+        accumulation=config.train.accumulation,
+        last_batch=config.data.last_batch,
+    )
     with here.together():
-        catalog = load(
-            config.data.name,
-            root=config.data.root,
-            download=config.data.download,
-            held_out=config.data.held_out,
-            limit=config.data.limit,
-            pad_to=config.data.pad_to,
-        )
-        plan = Plan(
-            n=len(catalog.train),
-            global_batch=config.train.batch_size,
-            world=here.size,
-            accumulation=config.train.accumulation,
-            last_batch=config.data.last_batch,
-        )
         plan.check()
     fingerprints = here.gather(catalog.fingerprint)
     odd = [rank for rank, f in enumerate(fingerprints) if f != fingerprints[0]]
@@ -158,6 +152,18 @@ def _data(config: Config, here: World) -> tuple[Catalog, Plan]:
             "Give every node the same data."
         )
     return catalog, plan
+
+
+def _deepspeed_settings(config: Config, plan: Plan, here: World) -> dict[str, Any]:
+    with here.together():
+        settings = deepspeed_config.complete(
+            config.engine.deepspeed_config,
+            batch=plan.global_batch,
+            world=here.size,
+            accumulation=plan.accumulation,
+            clip_norm=config.optimizer.clip_norm,
+        )
+    return settings
 
 
 def _open_directory(config: Config, recipe: str | None, here: World) -> RunDir:
@@ -186,22 +192,18 @@ def _open_directory(config: Config, recipe: str | None, here: World) -> RunDir:
 
 
 def _prepare(
-    config: Config, here: World, catalog: Catalog, plan: Plan, directory: RunDir, threads: int
+    config: Config,
+    settings: dict[str, Any],
+    here: World,
+    catalog: Catalog,
+    plan: Plan,
+    directory: RunDir,
+    start: int,
 ) -> tuple[Trainer, Position]:
     """Build every part, and bring it to where the run was left."""
-    start, status = _register_start(config, here, directory, threads)
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     model = models.build(config.model.name, catalog.num_classes).to(here.device)
-    with here.together():
-        settings = deepspeed_config.complete(
-            config.engine.deepspeed_config,
-            batch=plan.global_batch,
-            world=here.size,
-            accumulation=plan.accumulation,
-            clip_norm=config.optimizer.clip_norm,
-        )
-    with here.together():
-        engine = Engine(model, config.optimizer, config.engine, settings, here.timeout)
+    engine = Engine(model, config.optimizer, config.engine, settings, here.timeout)
     method = registry.create(config.method)
     store = None
     if method.needs_store:
@@ -214,9 +216,6 @@ def _prepare(
             start=start,
             peers=here,
         )
-    data = ArrayData(
-        catalog, here.device, config.train.seed, config.data.crop_padding, config.data.flip
-    )
     history = History()
     checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
     parts: dict[str, Stateful | None] = {
@@ -229,15 +228,14 @@ def _prepare(
         if part is not None:
             checkpoints.register(name, part)
     position = _restore(checkpoints, engine, here)
-    if status is not None:
-        directory.write_metrics(history.lines)
-        status.write("running", None, *position)
-        log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
+    log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
         world=here,
         run_dir=directory,
-        data=data,
+        data=ArrayData(
+            catalog, here.device, config.train.seed, config.data.crop_padding, config.data.flip
+        ),
         plan=plan,
         num_classes=catalog.num_classes,
         engine=engine,
@@ -245,31 +243,27 @@ def _prepare(
         store=store,
         checkpoints=checkpoints,
         history=history,
-        status=status,
+        status=Status(directory, config.train.epochs, start) if here.rank == 0 else None,
     )
     return trainer, position
 
 
 def _register_start(
-    config: Config, here: World, directory: RunDir, threads: int
-) -> tuple[int, Status | None]:
-    """Compare configuration and software with the run's; returns the number of this start.
-
-    From here on the run is `running`: a start that fails later has failed the run.
-    """
-    start, status = 0, None
+    config: Config, settings: dict[str, Any], here: World, directory: RunDir, threads: int
+) -> int:
+    """Compare configuration and software with the run's; returns the number of this start."""
+    start = 0
     with here.together():
         if here.rank == 0:
             directory.reconcile(config)
+            directory.reconcile_engine(settings)
             start, changes = directory.record_start(_facts(here, threads))
             if changes:
                 log.warning(
                     "resumed weights may differ in the last bits from an undisturbed run: %s",
                     "; ".join(changes),
                 )
-            status = Status(directory, config.train.epochs)
-            status.write("running", None, 0, 0)
-    return int(here.broadcast(start)), status
+    return int(here.broadcast(start))
 
 
 def _facts(here: World, threads: int) -> dict[str, Any]:
@@ -301,6 +295,5 @@ def _restore(checkpoints: Checkpoints, engine: Engine, here: World) -> Position:
     with here.together():
         checkpoints.restore(state)
     if engine.sharded:
-        with here.together():
-            engine.load_shards(checkpoints.directory / name)
+        engine.load_shards(checkpoints.directory / name)
     return position

@@ -23,7 +23,11 @@ class Launch:
     local_rank: int
     world_size: int
     local_world_size: int
-    launched: bool  # by torchrun or deepspeed; False for plain `python train.py`
+
+
+def is_launched() -> bool:
+    """Whether torchrun or deepspeed started this process, and not a person."""
+    return "RANK" in os.environ
 
 
 def rank() -> int:
@@ -33,8 +37,7 @@ def rank() -> int:
 
 def from_environment() -> Launch:
     """Read the launcher's variables, or set those of a single process."""
-    launched = "RANK" in os.environ
-    if not launched:
+    if not is_launched():
         os.environ.update(
             RANK="0",
             LOCAL_RANK="0",
@@ -49,7 +52,6 @@ def from_environment() -> Launch:
         local_rank=int(env.get("LOCAL_RANK", "0")),
         world_size=int(env["WORLD_SIZE"]),
         local_world_size=int(local_size),
-        launched=launched,
     )
 
 
@@ -57,7 +59,7 @@ def die_with_launcher() -> None:
     """End this process when the launcher ends, however it ends.
 
     torch starts workers in sessions of their own, so they outlive a killed torchrun. The kernel's
-    parent-death signal ends them; a parent that died before the call shows in a changed ppid.
+    parent-death signal ends them; a parent that dies during the call shows in a changed ppid.
     """
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

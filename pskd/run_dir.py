@@ -1,14 +1,19 @@
 """The run directory: its paths, its lock, its status, what is logged in it.
 
-config.yaml     resolved configuration          status.json    running | stopped | complete | failed
-env.json        one entry for each start        metrics.jsonl  one line an epoch
-result.json     measures of last and best       lock           held by rank 0 of the running job
-checkpoints/    resumable states                models/        weights for plain torch
-store/          past predictions
+config.yaml      the resolved configuration; ds_config.json: DeepSpeed's
+status.json      running | stopped | complete | failed, with reason, position, heartbeat
+env.json         one entry for each start
+metrics.jsonl    one line an epoch
+result.json      measures of last and best, hash of the weights
+checkpoints/     resumable states
+models/          weights for plain torch
+store/           past predictions
+lock             held by rank 0 of the running job
 """
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -27,6 +32,8 @@ from pskd.errors import PskdError
 from pskd.files import write_atomically
 
 HEARTBEAT_S = 5.0
+
+log = logging.getLogger("pskd")
 
 
 class RunDir:
@@ -69,6 +76,9 @@ class RunDir:
                         "Stop that job, or choose another --run.dir."
                     ) from None
                 time.sleep(0.2)
+        for directory in (self.path, self.models):  # what killed processes left half written
+            for aside in directory.glob(".*.tmp"):
+                aside.unlink()
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
         lock.flush()
@@ -103,9 +113,10 @@ class RunDir:
                     f"{path} is damaged ({error}). Restore it, or use another --run.dir."
                 ) from error
             changes = []
+            defaults = config.defaults()  # of keys that are younger than the run
             for key, value in config.values("numerics").items():
                 section, _, name = key.partition(".")
-                before = saved.get(section, {}).get(name)
+                before = saved.get(section, {}).get(name, defaults[key])
                 if before != value:
                     changes.append(f"{key} was {before}, now {value}")
             if changes:
@@ -114,6 +125,27 @@ class RunDir:
                     "Use the old values, or another --run.dir."
                 )
         write_atomically(path, config.to_yaml().encode())
+
+    def reconcile_engine(self, settings: dict[str, Any]) -> None:
+        """Save DeepSpeed's settings, or compare them with those that the run began with.
+
+        Raises:
+            PskdError: a setting differs, although the name of the file may not; names each.
+        """
+        # What follows from the number of ranks may change with it.
+        own = {k: v for k, v in settings.items() if k != "train_micro_batch_size_per_gpu"}
+        saved = self.read_json("ds_config.json") or own
+        changes = [
+            f"{key} was {saved.get(key)}, now {own.get(key)}"
+            for key in {**saved, **own}
+            if saved.get(key) != own.get(key)
+        ]
+        if changes:
+            raise PskdError(
+                f"{self.path} holds a run of another DeepSpeed configuration: "
+                f"{'; '.join(changes)}. Use the old values, or another --run.dir."
+            )
+        self.write_json("ds_config.json", own)
 
     def record_start(self, facts: dict[str, Any]) -> tuple[int, list[str]]:
         """Append this start to env.json; returns its number and what differs from the last one.
@@ -148,10 +180,11 @@ class RunDir:
 class Status:
     """status.json: the truth about the run, for launch scripts and health checks.
 
-    state: running | stopped | complete | failed. heartbeat: Unix time of the last progress, s.
+    state: running | stopped | complete | failed. start: number of the start that wrote it.
+    heartbeat: Unix time of the last progress, s.
     """
 
-    def __init__(self, run: RunDir, epochs: int) -> None:
+    def __init__(self, run: RunDir, epochs: int, start: int) -> None:
         self._run = run
         self._value: dict[str, Any] = {
             "state": "running",
@@ -159,43 +192,50 @@ class Status:
             "epoch": 0,
             "epochs": epochs,
             "step": 0,
+            "start": start,
             "host": platform.node(),
             "pid": os.getpid(),
         }
         self._next_beat = 0.0
-        self._begun = False
 
     def beat(self, epoch: int, step: int) -> None:
-        """Note progress; written at most every few seconds."""
+        """Note progress; written at most every few seconds, and worth no failure."""
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + HEARTBEAT_S
-            self.write("running", None, epoch, step)
+            try:
+                self.write("running", None, epoch, step)
+            except OSError as error:
+                log.warning("no heartbeat in %s: %s", self._run.path, error.strerror)
 
     def write(self, state: str, reason: str | None, epoch: int, step: int) -> None:
-        """Replace the file, unless another rank has written there since that the run failed."""
+        """Replace the file, unless a rank of this start has written there that it failed."""
         self._value.update(state=state, reason=reason, epoch=epoch, step=step)
         with _status_lock(self._run.path):
-            if self._begun and self._run.read_json("status.json")["state"] == "failed":
+            now = self._run.read_json("status.json") or {"state": "running"}
+            if now["state"] == "failed" and now.get("start") == self._value["start"]:
                 return
             self._run.write_json("status.json", {**self._value, "heartbeat": time.time()})
-            self._begun = True
 
 
-def fail(path: Path, reason: str) -> bool:
-    """Any rank: say in status.json why the run failed.
+def fail(path: Path, start: int, reason: str) -> bool:
+    """Any rank: say in status.json why this start of the run failed.
 
-    Returns whether this rank was the first to say so; the others have nothing to add.
+    Returns whether this rank was the first to say so; the others have nothing to add. A process
+    left over from an earlier start says nothing.
     """
     run = RunDir(path)
     with _status_lock(path):
-        status = run.read_json("status.json")
-        if status is None or status["state"] != "running":
+        now = run.read_json("status.json") or {}
+        known = now.get("start", -1)
+        if known > start or (known == start and now["state"] != "running"):
             return False
-        run.write_json(
-            "status.json",
-            {**status, "state": "failed", "reason": reason, "heartbeat": time.time()},
-        )
+        failed = {**now, "state": "failed", "reason": reason, "start": start}
+        failed["heartbeat"] = time.time()
+        try:
+            run.write_json("status.json", failed)
+        except OSError:  # a full disk: there is no room for a second file, but in the old one
+            (path / "status.json").write_text(json.dumps(failed))
         return True
 
 

@@ -16,7 +16,7 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.data.arrays import ArrayData
 from pskd.engine import Engine
-from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError, PskdError
+from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError
 from pskd.guard import Guard, StopRequest
 from pskd.hashing import hash64
 from pskd.methods.interface import Method, Past
@@ -95,6 +95,7 @@ class Trainer:
         first_step = position.step
         self._saved = position
         with self._stop.listening():
+            self._begin(position)
             for epoch in range(position.epoch, self.config.train.epochs):
                 constants = self.method.begin_epoch(epoch, self.config.train.epochs)
                 started = time.monotonic()
@@ -105,6 +106,15 @@ class Trainer:
                 first_step = 0
             self._complete()
         return EXIT_COMPLETE
+
+    def _begin(self, position: Position) -> None:
+        """Rank 0: say that the run is on, and finish what a kill may have cut off."""
+        if self.status is None:
+            return
+        self.status.write("running", None, *position)
+        self.run_dir.write_metrics(self.history.lines)
+        if position.step == 0 and self.history.lines:
+            self._export()
 
     def _train_epoch(self, epoch: int, first_step: int, constants: dict[str, float]) -> bool:
         """Train the steps of an epoch from `first_step` on; False if asked to stop."""
@@ -133,7 +143,7 @@ class Trainer:
         return True
 
     def _train_step(self, order_N: Ids, epoch: int, step: int) -> _Step:
-        """One optimizer step; queues work on the device and waits for none of it."""
+        """One optimizer step of this rank."""
         micros = self.plan.micro_batches(order_N, epoch, step, self.world.rank)
         ids_B = self._ids(order_N, epoch, step)
         past = self._past(ids_B)
@@ -165,8 +175,7 @@ class Trainer:
             return
         verdict = self._guard.read()
         if verdict.bad:
-            with self.world.together():
-                _refuse_bad_loss(step)
+            self._refuse_bad_loss(step)
         if self.store is not None and step.remember_BC is not None:
             self.store.remember(step.ids_B, step.remember_BC)
         self._loss = verdict.loss
@@ -174,6 +183,15 @@ class Trainer:
         size = self.plan.batch_size(step.step)
         self.history.loss_sum += verdict.loss * size
         self.history.samples += size
+
+    def _refuse_bad_loss(self, step: _Step) -> None:
+        finite_B = torch.isfinite(step.loss_B).cpu().numpy()
+        bad = sorted(i for ids in self.world.gather(step.ids_B[~finite_B].tolist()) for i in ids)
+        raise AgreedError(
+            f"the loss is not finite in epoch {step.epoch}, step {step.step}, samples {bad}. "
+            "Nothing of this step was saved. Lower optimizer.lr, add schedule.warmup_epochs or "
+            "optimizer.clip_norm, in a new run."
+        )
 
     def _finish_epoch(self, epoch: int, constants: dict[str, float], rate: float) -> None:
         """Close the generation of predictions, measure, log, save."""
@@ -190,14 +208,13 @@ class Trainer:
         self.history.loss_sum, self.history.samples = 0.0, 0
         self.history.lines.append(line)
         best, error = self.history.best, line["top1_error"]
-        improved = error is not None and (best is None or error < best["top1_error"])
-        if improved:
+        if error is not None and (best is None or error < best["top1_error"]):
             self.history.best = line
         log.info("%s %s", self._label(epoch), readable(line))
-        if self.world.rank == 0:
-            self.run_dir.write_metrics(self.history.lines)
-            self._export(epoch, line, improved)
         self._save(Position(epoch + 1, 0))
+        if self.world.rank == 0:  # after the checkpoint: both are of one history
+            self.run_dir.write_metrics(self.history.lines)
+            self._export()
 
     def _evaluate(self, epoch: int) -> dict[str, float | None]:
         """The measures on the validation split; each sample counts once, on any world.
@@ -227,22 +244,26 @@ class Trainer:
         if position == self._saved:
             return  # asked to stop right after a resume: it is there already
         self._saved = position
+        with self.world.together():
+            self.engine.check_finite()
         if self.store is not None:
             self.store.commit()
         if self.engine.sharded:
             with self.world.together():
                 aside = self.checkpoints.open_aside(position, create=self.world.rank == 0)
-            with self.world.together():
-                self.engine.save_shards(aside)
+            self.engine.save_shards(aside)  # collective: must not be inside `together`
+            self.world.gather(None)
         if self.world.rank == 0:
             retained = self.checkpoints.save(position)
             if self.store is not None:
                 self.store.retain(m["store"] for m in retained)
 
-    def _export(self, epoch: int, line: dict[str, Any], improved: bool) -> None:
-        every = self.config.checkpoint.export_every
+    def _export(self) -> None:
+        """Weights for plain torch, as they are after the last epoch in the history."""
+        line = self.history.lines[-1]
+        epoch, every = line["epoch"], self.config.checkpoint.export_every
         last = epoch + 1 == self.config.train.epochs
-        names = ["checkpoint_best.pth"] if improved else []
+        names = ["checkpoint_best.pth"] if line == self.history.best else []
         if last or (every and (epoch + 1) % every == 0):
             names.append(f"checkpoint_{epoch + 1}.pth")
         for name in names:
@@ -303,14 +324,3 @@ class Trainer:
 
     def _label(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self.config.train.epochs}"
-
-
-def _refuse_bad_loss(step: _Step) -> None:
-    finite_B = torch.isfinite(step.loss_B).cpu().numpy()
-    if finite_B.all():
-        return
-    raise PskdError(
-        f"the loss is not finite in epoch {step.epoch}, step {step.step}, "
-        f"samples {step.ids_B[~finite_B].tolist()}. Nothing of this step was saved. "
-        "Lower optimizer.lr, add schedule.warmup_epochs or optimizer.clip_norm, in a new run."
-    )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 # Read by DeepSpeed when it is imported: without a GPU it would probe for other accelerators.
@@ -21,6 +22,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from pskd import launch
 from pskd.errors import AgreedError, PskdError
 
+_DRIVER = Path("/proc/driver/nvidia/version")
+
 
 @dataclass(frozen=True)
 class World:
@@ -32,6 +35,7 @@ class World:
 
     rank: int
     size: int
+    local_rank: int
     local_size: int
     device: torch.device
     control: dist.ProcessGroup
@@ -74,8 +78,6 @@ def start(timeout_s: int) -> World:
     """
     _quieten()
     place = launch.from_environment()
-    if place.launched:
-        launch.die_with_launcher()
     launch.choose_interface()
     device = choose_device(place.local_rank, place.local_world_size, torch.cuda.device_count())
     if device.type == "cuda":
@@ -96,16 +98,30 @@ def start(timeout_s: int) -> World:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within run.timeout_s "
             f"{timeout_s}: {error}"
         ) from error
-    return World(place.rank, place.world_size, place.local_world_size, device, control, timeout)
+    return World(
+        rank=place.rank,
+        size=place.world_size,
+        local_rank=place.local_rank,
+        local_size=place.local_world_size,
+        device=device,
+        control=control,
+        timeout=timeout,
+    )
 
 
 def choose_device(local_rank: int, local_size: int, gpus: int) -> torch.device:
     """One GPU a rank where there are GPUs, else the CPU.
 
     Raises:
-        PskdError: more ranks than GPUs on this node.
+        PskdError: more ranks than GPUs on this node, or GPUs that torch cannot use.
     """
     if gpus == 0:
+        if _DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise PskdError(
+                "this node has an NVIDIA driver, but torch finds no GPU that it can use: the "
+                "driver may be older than torch's CUDA. Update it, or set CUDA_VISIBLE_DEVICES= "
+                "to train on the CPU."
+            )
         return torch.device("cpu")
     if local_size > gpus:
         raise PskdError(

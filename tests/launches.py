@@ -16,21 +16,31 @@ DEADLINE_S = 240.0  # against a hang; a launch takes 6 to 15 s
 
 
 class Job:
-    """One launch of train.py on `processes` ranks: by torchrun, or plain python for None."""
+    """One launch of train.py on `processes` ranks: plain python for None, or by a launcher."""
 
-    def __init__(self, run_dir: Path, *flags: str, processes: int | None = 2, **options: Any):
+    def __init__(
+        self,
+        run_dir: Path,
+        *flags: str,
+        processes: int | None = 2,
+        launcher: str = "torchrun",
+        **options: Any,
+    ):
         self.run_dir = run_dir
-        launcher = [sys.executable]
-        if processes is not None:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += [f"--nproc-per-node={processes}"]
+        command = [sys.executable]
+        if processes is not None and launcher == "deepspeed":
+            command = [str(Path(sys.executable).with_name("deepspeed"))]
+            command += ["--num_gpus", str(processes)]
+        elif processes is not None:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={processes}"]
         self.log = (
             options.pop("log_dir", run_dir.parent) / f"{run_dir.name}-{time.monotonic_ns()}.log"
         )
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*launcher, str(ROOT / "train.py"), "--run.dir", str(run_dir), *flags],
+                [*command, str(ROOT / "train.py"), "--run.dir", str(run_dir), *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -101,7 +111,7 @@ def kill(processes: list[psutil.Process]) -> None:
 
 def wait_for_no_process(run_dir: Path) -> None:
     """No process of the run is left, within a generous deadline."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     while processes_of(run_dir):
         assert time.monotonic() < deadline, f"left behind: {processes_of(run_dir)}"
         time.sleep(0.05)

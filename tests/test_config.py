@@ -90,7 +90,6 @@ def test_a_file_may_set_the_method_and_its_fields(write):
         ("data: {flip: yes}", "data", "flip", True),
         ("run: {root: 'null'}", "run", "root", "null"),
         ("run: {dir: 5}", "run", "dir", "5"),
-        ("engine: {deepspeed_config: null}", "engine", "deepspeed_config", None),
     ],
 )
 def test_values_arrive_with_the_type_of_their_field(write, text, section, field, value):
@@ -203,7 +202,6 @@ def test_what_the_public_flags_point_to_exists(ours):
         (["--checkpoint.every_steps", "-1"], ["checkpoint.every_steps is -1"]),
         (["--checkpoint.keep", "0"], ["checkpoint.keep is 0"]),
         (["--checkpoint.export_every", "-1"], ["checkpoint.export_every is -1"]),
-        (["--deepspeed_config", "none.json"], ["engine.deepspeed_config is none.json", "no such"]),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_key_value_and_remedy(argv, parts):
@@ -409,14 +407,14 @@ def all_fields():
     "field", [pytest.param(f, id=f"{section}.{f.name}") for section, f in all_fields()]
 )
 def test_every_field_has_a_tag_and_a_help(field):
-    assert field.metadata["tag"] in {"numerics", "speed", "output"}
+    assert field.metadata["tag"] in {"numerics", "content", "speed", "output"}
     assert len(field.metadata["help"].split()) >= 2 or field.name in field.metadata["help"]
 
 
 @pytest.mark.parametrize("method", sorted(SECTIONS))
 def test_each_field_is_in_the_values_of_exactly_one_tag(method):
     config = configured("--method.name", method)
-    values = [config.values(tag) for tag in ("numerics", "speed", "output")]
+    values = [config.values(tag) for tag in ("numerics", "content", "speed", "output")]
     merged = {key: value for part in values for key, value in part.items()}
     assert sum(map(len, values)) == len(merged)
     saved = yaml.safe_load(config.to_yaml())

@@ -1,6 +1,5 @@
 """What several ranks do together equals what one process would do alone."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from pskd import command_line
+from pskd import command_line, deepspeed_config
 from pskd.checkpoint import Checkpoints
 from pskd.data import digits
 from pskd.data.arrays import ArrayData
-from pskd.engine import Engine, deepspeed_config
+from pskd.engine import Engine
 from pskd.errors import PskdError
 from pskd.guard import Guard
 from pskd.methods import registry
@@ -23,6 +22,7 @@ from pskd.run_dir import RunDir
 from pskd.store import open_generation
 from pskd.store.store import Store
 from pskd.trainer import History, Trainer
+from pskd.weights import weights_sha256
 from pskd.world import World
 
 PLAIN_SGD = (
@@ -49,6 +49,7 @@ def trainer_of(
     clip: float = 0.0,
     n: int = 100,
     recipe: str = "digits-baseline",
+    engine: str = "fp32",
 ) -> Trainer:
     """A trainer of the first `n` digits, on the ranks of the pool."""
     flags = [f"--train.batch_size={batch}", f"--train.accumulation={accumulation}"]
@@ -65,8 +66,8 @@ def trainer_of(
     )
     plan = Plan(n, batch, world.size, accumulation)
     plan.check()
-    settings = deepspeed_config(
-        None, batch=batch, world=world.size, accumulation=accumulation, clip_norm=clip
+    settings = deepspeed_config.complete(
+        engine, batch=batch, world=world.size, accumulation=accumulation, clip_norm=clip
     )
     method = registry.create(config.method)
     store = None
@@ -87,7 +88,7 @@ def trainer_of(
         data=ArrayData(catalog, world.device, 0, 1, False),
         plan=plan,
         num_classes=10,
-        engine=Engine(model, config.optimizer, settings, world.timeout),
+        engine=Engine(model, config.optimizer, config.engine, settings, world.timeout),
         method=method,
         store=store,
         checkpoints=Checkpoints(Path(path), 1),
@@ -208,6 +209,28 @@ def test_pskd_trains_and_remembers_what_the_equations_say(pool, tmp_path, world,
     np.testing.assert_allclose(rows, want_rows, rtol=0, atol=2e-5)
 
 
+def fp16_epoch_with_overflow(world: World, path: str) -> tuple[bool, float, int]:
+    """An epoch of PS-KD in fp16 of which the first updates overflow."""
+    trainer = trainer_of(world, network(), batch=25, path=path, recipe="digits-pskd", engine="fp16")
+    before = weights_sha256(trainer.engine.model)
+    state = trainer.engine.state_dict()
+    state["scaler"]["scale"] = 2.0**40
+    trainer.engine.load_state_dict(state)
+    constants = trainer.method.begin_epoch(0, 3)
+    assert trainer._train_epoch(0, 0, constants)
+    trainer.store.begin_epoch(1)
+    skipped = before == weights_sha256(trainer.engine.model)
+    return skipped, trainer.engine.state_dict()["scaler"]["scale"], trainer.history.samples
+
+
+def test_a_skipped_fp16_update_still_counts_and_its_rows_are_remembered(pool, tmp_path):
+    for skipped, scale, samples in pool(2).run(fp16_epoch_with_overflow, str(tmp_path)):
+        assert skipped
+        assert scale == 2.0**36  # halved in each of four steps
+        assert samples == 100
+    assert open_generation(tmp_path / "gen-000000")[np.arange(100)].shape == (100, 10)
+
+
 def network_with_statistics(running_mean: float) -> nn.Module:
     """With BatchNorm buffers of this rank."""
     torch.manual_seed(5)
@@ -263,38 +286,3 @@ def fail_on(world: World, failing: list[int]) -> str:
 def test_what_fails_on_one_rank_fails_on_all_with_one_message(pool):
     assert pool(3).run(fail_on, [1, 2]) == ["AgreedError: told by rank 1"] * 3
     assert pool(3).run(fail_on, []) == ["fine"] * 3
-
-
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        ({"train_batch_size": 64}, "'train_batch_size' is 64"),
-        ({"optimizer": {"type": "Adam"}}, "'optimizer'"),
-        ({"fp16": {"enabled": True}}, "'fp16'"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3"),
-        ([], "JSON object"),
-    ],
-)
-def test_a_deepspeed_config_that_sets_what_we_own_is_refused(tmp_path, settings, part):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(settings))
-    with pytest.raises(PskdError, match=r"ds\.json") as refusal:
-        deepspeed_config(str(path), batch=64, world=2, accumulation=1, clip_norm=0.0)
-    assert part in str(refusal.value)
-
-
-def test_auto_and_our_own_values_are_accepted(tmp_path):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"gradient_accumulation_steps": 2, "gradient_clipping": "auto"}))
-    settings = deepspeed_config(str(path), batch=64, world=2, accumulation=2, clip_norm=1.5)
-    assert settings["gradient_accumulation_steps"] == 2
-    assert settings["gradient_clipping"] == 1.5
-    assert settings["train_micro_batch_size_per_gpu"] == 16
-
-
-def test_the_file_in_ds_configs_is_the_default():
-    default, file = (
-        deepspeed_config(path, batch=64, world=1, accumulation=1, clip_norm=0.0)
-        for path in (None, str(Path(__file__).parents[1] / "ds_configs" / "fp32.json"))
-    )
-    assert default == file

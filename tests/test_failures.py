@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_a_lost_peer_fails_the_run_at_once_and_leaves_no_process(tmp_path):
 
 def test_a_stalled_peer_fails_the_run_after_the_timeout(tmp_path):
     run_dir = tmp_path / "run"
-    job = Job(run_dir, "--recipe=digits-pskd", "--run.timeout_s=5")
+    job = Job(run_dir, "--recipe=digits-pskd", "--run.timeout_s=5", "--run.lock_wait_s=1")
     job.wait_until(lambda: len(metrics(run_dir)) >= 1)
     stalled = job.workers()[1]
     stalled.send_signal(signal.SIGSTOP)
@@ -130,3 +131,22 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path):
     Path(remedy[2]).write_text(remedy[1])
     assert train(run_dir, *BRIEF, processes=None).process.returncode == 0
     assert result(run_dir)["weights_sha256"] == hash_before
+
+
+def test_out_of_memory_names_the_batch_and_the_remedy(tmp_path):
+    # 12 GB of address space hold the libraries and the data, not the activations.
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+
+    flags = ("--model.name=preact_resnet18", "--data.pad_to=64", "--train.batch_size=1024")
+    job = train(tmp_path / "run", *BRIEF, *flags, processes=None, preexec_fn=limit)
+    assert_refused(job, "train.batch_size 1024", "train.accumulation 1", "more ranks")
+
+
+def test_a_changed_deepspeed_file_is_refused_by_setting(tmp_path):
+    run_dir, file = tmp_path / "run", tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 0}}')
+    flags = (*BRIEF, f"--deepspeed_config={file}")
+    assert train(run_dir, *flags, processes=None).process.returncode == 0
+    file.write_text('{"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}')
+    assert_refused(train(run_dir, *flags, processes=None), "torch_autocast was None", str(run_dir))

@@ -44,7 +44,9 @@ def assert_same_run(run_dir, reference):
 
 
 def kill_at_random(job, whom, rng):
-    job.wait_for_epochs(rng.randrange(1, EPOCHS - 1))
+    """Anywhere from the first epoch to the last; nothing of the job may outlive it."""
+    job.wait_for_epochs(rng.randrange(EPOCHS - 1))
+    job.wait_until(lambda: "training:" in job.output() or "resuming:" in job.output())
     time.sleep(rng.random() * 0.5)
     if whom == "launcher":
         job.process.send_signal(signal.SIGKILL)
@@ -54,6 +56,7 @@ def kill_at_random(job, whom, rng):
         job.process.send_signal(signal.SIGKILL)
         kill(job.workers())
     job.wait()
+    wait_for_no_process(job.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +67,26 @@ def test_killed_and_started_again_ends_with_the_same_bits(tmp_path, undisturbed,
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     run_dir = tmp_path / "run"
-    job = Job(run_dir, *FLAGS, processes=processes)
+    how = {"processes": processes}
+    job = Job(run_dir, *FLAGS, **how)
     kill_at_random(job, whom, rng)
     if whom == "one":
         assert job.process.returncode != 0
         assert status(run_dir)["state"] == "failed"
-    again = train(run_dir, processes=processes)
+    # The run brings its own configuration, once it has one.
+    again = train(run_dir, *(() if (run_dir / "config.yaml").exists() else FLAGS), **how)
     assert again.process.returncode == 0, f"seed {seed}\n{again.output()}"
-    assert "resuming" in again.output()
     assert_same_run(run_dir, undisturbed(processes))
     wait_for_no_process(run_dir)
+
+
+@pytest.mark.parametrize("delay_s", [0.5, 3.0, 6.0])
+def test_a_launcher_killed_while_the_ranks_start_leaves_none(tmp_path, delay_s):
+    job = Job(tmp_path / "run", *FLAGS)
+    time.sleep(delay_s)  # before, during and after the imports
+    job.process.send_signal(signal.SIGKILL)
+    job.wait()
+    wait_for_no_process(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -82,13 +95,16 @@ def test_killed_many_times_ends_with_the_same_bits(tmp_path, undisturbed, proces
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     run_dir = tmp_path / "run"
-    for _ in range(8):
+    for _ in range(40):
         job = Job(run_dir, *FLAGS, processes=processes)
-        before = len(metrics(run_dir))
-        if before >= EPOCHS - 1:
+        time.sleep(5 + 7 * rng.random())  # from the imports to the last epoch
+        if job.process.poll() is not None:
             break
-        job.wait_for_epochs(before + 1)
-        kill_at_random(job, rng.choice(["all", "one", "launcher"]), rng)
+        if rng.random() < 0.5:
+            kill(rng.sample(job.workers(), 1) if job.workers() else [])
+        job.process.send_signal(signal.SIGKILL)
+        job.wait()
+        wait_for_no_process(run_dir)
     again = train(run_dir, *FLAGS, processes=processes)
     assert again.process.returncode == 0, f"seed {seed}\n{again.output()}"
     assert_same_run(run_dir, undisturbed(processes))
@@ -117,3 +133,30 @@ def test_a_stopped_process_exits_with_75(tmp_path):
     job.process.send_signal(signal.SIGINT)
     assert job.wait() == 75
     assert "SIGINT" in status(run_dir)["reason"]
+
+
+ENGINES = ["bf16", "fp16", "fp32-zero1", "bf16-zero2"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_is_killed_and_ends_with_the_same_bits(tmp_path, engine):
+    seed = random.randrange(2**32)
+    flags = (*FLAGS, "--data.limit=256", "--train.batch_size=32", "--checkpoint.every_steps=3")
+    flags += (f"--engine.deepspeed_config={engine}",)
+    reference = train(tmp_path / "reference", *flags)
+    assert reference.process.returncode == 0, reference.output()
+    run_dir = tmp_path / "run"
+    kill_at_random(Job(run_dir, *flags), "all", random.Random(seed))
+    again = train(run_dir)
+    assert again.process.returncode == 0, f"seed {seed}\n{again.output()}"
+    assert "resuming" in again.output()
+    assert_same_run(run_dir, tmp_path / "reference")
+
+
+def test_zero_shards_are_resumed_by_as_many_ranks_only(tmp_path):
+    run_dir = tmp_path / "run"
+    flags = ("--recipe=digits-pskd", "--train.epochs=1", "--schedule.milestones=[]")
+    assert train(run_dir, *flags, "--deepspeed_config", "fp32-zero1").process.returncode == 0
+    job = train(run_dir, processes=None)
+    assert job.process.returncode == 1
+    assert "shards of 2 ranks, this job has 1. Start 2 ranks" in job.output()

@@ -15,7 +15,7 @@ import yaml
 from pskd import command_line
 from pskd.errors import PskdError
 from pskd.run_dir import RunDir, Status, fail, new_path
-from tests.system import processes
+from tests.system import mounted, needs_root, processes
 
 
 def own(path, owned):
@@ -28,7 +28,7 @@ def own(path, owned):
 
 def write_status(path, first_written):
     """Rewrite status.json until killed."""
-    status = Status(RunDir(path), epochs=10**9)
+    status = Status(RunDir(path), epochs=10**9, start=0)
     epoch = 0
     while True:
         status.write("running", "x" * (epoch % 3000), epoch, epoch)
@@ -39,7 +39,7 @@ def write_status(path, first_written):
 def fail_together(path, reason, barrier, verdicts):
     """Be one of several ranks that fail at the same time."""
     barrier.wait()
-    verdicts.put((reason, fail(path, reason)))
+    verdicts.put((reason, fail(path, 0, reason)))
 
 
 def start(function, path):
@@ -200,7 +200,7 @@ class TestReconcile:
 
     def test_speed_and_output_may_change_and_are_saved(self, run):
         free = [f[:2] for f in FIELDS if f[2] in ("speed", "output")]
-        assert {f[2] for f in FIELDS} == {"numerics", "speed", "output"}
+        assert {f[2] for f in FIELDS} == {"numerics", "content", "speed", "output"}
         run.reconcile(changed(*free))
         saved = yaml.safe_load(self.saved.read_text())
         for section, name in free:
@@ -274,7 +274,7 @@ class TestSmallFiles:
 
 class TestStatus:
     def test_it_says_where_the_run_is(self, run):
-        status = Status(run, epochs=9)
+        status = Status(run, epochs=9, start=0)
         status.write("stopped", "asked to", 3, 14)
         value = run.read_json("status.json")
         assert abs(value.pop("heartbeat") - time.time()) < 600
@@ -284,6 +284,7 @@ class TestStatus:
             "epoch": 3,
             "epochs": 9,
             "step": 14,
+            "start": 0,
             "host": platform.node(),
             "pid": os.getpid(),
         }
@@ -291,7 +292,7 @@ class TestStatus:
     def test_beats_are_written_every_few_seconds_only(self, run, monkeypatch):
         clock = iter([100.0, 104.9, 105.0, 109.9, 110.0])
         monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-        status, seen = Status(run, epochs=9), []
+        status, seen = Status(run, epochs=9, start=0), []
         for step in range(5):
             status.beat(0, step)
             seen.append(run.read_json("status.json")["step"])
@@ -308,7 +309,7 @@ class TestStatus:
         assert run.read_json("status.json")["epoch"] >= max(epochs)
 
     def test_of_failing_ranks_one_is_the_first(self, run):
-        Status(run, epochs=2).write("running", None, 1, 5)
+        Status(run, epochs=2, start=0).write("running", None, 1, 5)
         barrier, verdicts = processes.Barrier(4), processes.SimpleQueue()
         ranks = [
             processes.Process(target=fail_together, args=(run.path, f"rank {r}", barrier, verdicts))
@@ -322,25 +323,52 @@ class TestStatus:
         (first,) = (reason for reason, was_first in told.items() if was_first)
         value = run.read_json("status.json")
         assert (value["state"], value["reason"], value["epoch"]) == ("failed", first, 1)
-        assert not fail(run.path, "too late")
+        assert not fail(run.path, 0, "too late")
         assert run.read_json("status.json") == value
 
     @pytest.mark.parametrize("state", ["complete", "stopped", "failed"])
     def test_a_run_that_ended_does_not_fail_any_more(self, run, state):
-        Status(run, epochs=2).write(state, "because", 2, 0)
-        assert not fail(run.path, "afterwards")
+        Status(run, epochs=2, start=0).write(state, "because", 2, 0)
+        assert not fail(run.path, 0, "afterwards")
         value = run.read_json("status.json")
         assert (value["state"], value["reason"]) == (state, "because")
 
-    def test_a_run_that_never_began_has_no_status_to_change(self, run):
-        assert not fail(run.path, "early")
-        assert run.read_json("status.json") is None
+    def test_a_start_that_failed_before_it_trained_is_a_failed_one(self, run):
+        assert fail(run.path, 0, "early")
+        assert not fail(run.path, 0, "later")
+        value = run.read_json("status.json")
+        assert (value["state"], value["reason"], value["start"]) == ("failed", "early", 0)
+
+    @pytest.mark.parametrize("state", ["stopped", "failed", "running"])
+    def test_a_new_start_that_fails_replaces_what_the_old_one_said(self, run, state):
+        Status(run, epochs=2, start=0).write(state, "because", 1, 7)
+        assert fail(run.path, 1, "store damaged")
+        value = run.read_json("status.json")
+        assert (value["state"], value["reason"]) == ("failed", "store damaged")
+        assert (value["epoch"], value["step"]) == (1, 7)
+
+    def test_a_process_left_over_from_an_earlier_start_changes_nothing(self, run):
+        status = Status(run, epochs=2, start=1)
+        status.write("running", None, 1, 4)
+        assert not fail(run.path, 0, "lost a peer, at last")
+        status.write("complete", None, 2, 0)
+        assert run.read_json("status.json")["state"] == "complete"
+
+    @needs_root
+    def test_a_full_disk_does_not_hide_the_failure(self, tmp_path):
+        with mounted(tmp_path / "small") as disk:
+            run = RunDir(disk.path)
+            Status(run, epochs=2, start=0).write("running", None, 1, 4)
+            (disk.path / "status.lock").touch()
+            disk.leave(0)
+            assert fail(disk.path, 0, "no space for checkpoint")
+            assert run.read_json("status.json")["reason"] == "no space for checkpoint"
 
     def test_a_beat_does_not_undo_another_ranks_failure(self, run):
         """Rank 0 trains on until it needs the rank that has just failed."""
-        status = Status(run, epochs=2)
+        status = Status(run, epochs=2, start=0)
         status.write("running", None, 1, 4)
-        assert fail(run.path, "rank 1: disk full")
+        assert fail(run.path, 0, "rank 1: disk full")
         status.beat(1, 5)
-        assert not fail(run.path, "lost a peer")
+        assert not fail(run.path, 0, "lost a peer")
         assert run.read_json("status.json")["reason"] == "rank 1: disk full"

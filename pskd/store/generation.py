@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pskd import files
 from pskd.errors import PskdError
+from pskd.order import Ids
 from pskd.store.encoding import ENCODINGS
 from pskd.store.format import VERSION, Entry
-from pskd.store.segment import Ids, SegmentReader, explain
+from pskd.store.segment import SegmentReader, explain
 
 MANIFEST = "manifest.json"
 

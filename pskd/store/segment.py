@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pskd.errors import PskdError
+from pskd.files import sync_directory
+from pskd.order import Ids
 from pskd.store import format as fmt
 from pskd.store.format import Entry, Header
 
 Bytes = npt.NDArray[np.uint8]
-Ids = npt.NDArray[np.int64]
 
 
 class SegmentWriter:
@@ -45,6 +46,8 @@ class SegmentWriter:
                 )
                 os.posix_fallocate(self._file, 0, room)
                 self._write(header.pack(), 0)
+                sync_directory(path.parent)
+                sync_directory(path.parent.parent)
             except OSError:
                 # A failed reservation leaves a partial file behind on some file systems.
                 os.close(self._file)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pskd.errors import PskdError
-from pskd.order import partition
+from pskd.order import Ids, partition
 from pskd.store.encoding import ENCODINGS
 from pskd.store.format import Entry, Header
 from pskd.store.generation import Generation, generation_name, write_manifest
-from pskd.store.segment import Ids, SegmentWriter
+from pskd.store.segment import SegmentWriter
 
 
 class Peers(Protocol):
@@ -129,7 +129,6 @@ class Store:
         """Names the finished and the growing generation as of the last commit."""
         return {
             "epoch": self._epoch,
-            "encoding": self._encoding.name,
             "finished": [list(e) for e in self._finished],
             "growing": [list(e) for e in self._growing],
         }
@@ -166,8 +165,10 @@ class Store:
                 shutil.rmtree(generation)
 
     def close(self) -> None:
-        """Stop the reading thread. What was not committed stays ignored."""
+        """Stop the reading thread; give back the room that the growing segment reserved."""
         self._reading.shutdown(wait=True, cancel_futures=True)
+        if self._writer is not None:
+            self._writer.close()
 
     def _finish_epoch(self) -> None:
         self.commit()
@@ -208,7 +209,8 @@ class Store:
             encoding=self._encoding.name,
             row_bytes=self._encoding.row_bytes(self._classes),
         )
-        return SegmentWriter(self._directory / name, header, -(-self._n // size), name)
+        missing = self._n - sum(entry.rows for entry in self._inherited)
+        return SegmentWriter(self._directory / name, header, -(-max(missing, 0) // size), name)
 
     def _open(self, entries: list[Entry]) -> Generation:
         generation = Generation(self._directory, self._n, self._classes, entries)

@@ -1,0 +1,64 @@
+"""What a failure means, and which rank has to say it."""
+
+import traceback
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from pskd.config import TrainSection
+from pskd.errors import AgreedError, PskdError
+
+
+class Failure(NamedTuple):
+    """reason: one message for status.json and the log. speaker: who logs it.
+
+    `rank 0`: all ranks know. `this`: only this rank knows. `first`: several ranks see the same
+    from outside; the first to write status.json speaks.
+    """
+
+    reason: str
+    speaker: Literal["rank 0", "this", "first"]
+
+
+def understand(error: BaseException, train: TrainSection) -> Failure:
+    """Explain any exception that ends a job. A defect of the program comes with its traceback."""
+    text = str(error)
+    match error:
+        case AgreedError():
+            return Failure(text, "rank 0")
+        case PskdError():
+            return Failure(text, "this")
+        case KeyboardInterrupt():
+            return Failure("interrupted before training began", "first")
+        case OSError():
+            what = f"{error.filename}: {error.strerror}" if error.filename else text
+            return Failure(f"{what}. Start again when it is mended.", "this")
+        case RuntimeError() if _is_out_of_memory(error):
+            return Failure(_out_of_memory(text, train), "this")
+        case RuntimeError() if _is_lost_peer(error):
+            first_line = text.splitlines()[0]
+            return Failure(
+                f"lost another rank ({first_line}). Nothing that was saved is lost: start again "
+                "to resume.",
+                "first",
+            )
+    return Failure("".join(traceback.format_exception(error)).strip(), "this")
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(text: str, train: TrainSection) -> str:
+    return (
+        f"out of memory with train.batch_size {train.batch_size} and train.accumulation "
+        f"{train.accumulation} ({text.splitlines()[0]}). The same batch needs less with a larger "
+        "train.accumulation or with more ranks, in a new run."
+    )
