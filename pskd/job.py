@@ -4,14 +4,14 @@ import logging
 import os
 import secrets
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pskd import deepspeed_config, hashing, models, run_dir, world
+from pskd import deepspeed_config, hashing, launch, models, run_dir, world
 from pskd.checkpoint import Checkpoints, Position, Stateful
 from pskd.command_line import Invocation
 from pskd.config import Config
@@ -29,6 +29,9 @@ from pskd.trainer import History, Trainer
 from pskd.world import World
 
 log = logging.getLogger("pskd")
+
+
+_OF_A_NODE = ("data.root", "run.dir", "run.root")  # rank 0's run directory counts for all
 
 
 @dataclass
@@ -70,14 +73,13 @@ class _Job:
     """How far a job has come, for the report of its failure."""
 
     invocation: Invocation
-    rank: int = 0
+    rank: int = field(default_factory=launch.rank)
     path: Path | None = None
     start: int | None = None  # once the run directory has accepted this start
 
     def run(self) -> int:
         config = self.invocation.config
         here = world.start(config.run.timeout_s)
-        self.rank = here.rank
         log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
         threads = world.set_threads(config.run.threads, here)
         _compare_configurations(config, here)
@@ -109,7 +111,12 @@ class _Job:
 
 def _compare_configurations(config: Config, here: World) -> None:
     """Refuse ranks that were given another command line or file."""
-    mine = {key: value for tag in TAGS for key, value in config.values(tag).items()}
+    mine = {
+        key: value
+        for tag in TAGS
+        for key, value in config.values(tag).items()
+        if key not in _OF_A_NODE
+    }
     first, *others = here.gather(mine)
     for rank, values in enumerate(others, start=1):
         odd = [key for key in {**first, **values} if first.get(key) != values.get(key)]
@@ -122,9 +129,9 @@ def _compare_configurations(config: Config, here: World) -> None:
 
 def _data(config: Config, here: World) -> tuple[Catalog, Plan]:
     """The samples, equal on all ranks, and how they are dealt out."""
-    # Fetching is for one process at a time: of the job, then of each node.
+    # Fetching is for one process at a time: rank 0, then one of each other node, then the rest.
     turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
-    for now in range(3):
+    for now in range(3) if config.data.download else [turn]:
         with here.together():
             if turn == now:
                 catalog = load(

@@ -79,7 +79,12 @@ def start(timeout_s: int) -> World:
     _quieten()
     place = launch.from_environment()
     launch.choose_interface()
-    device = choose_device(place.local_rank, place.local_world_size, torch.cuda.device_count())
+    try:
+        device = choose_device(place.local_rank, place.local_world_size, torch.cuda.device_count())
+    except PskdError as error:
+        if place.local_rank == 0:
+            raise
+        raise AgreedError(str(error)) from error  # known to its node's first rank, who says it
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)

@@ -546,6 +546,8 @@ def test_the_fingerprint_tells_all_samples_apart(read_toy):
                 replace(toy(), **{split: replace(getattr(toy(), split), **{field: changed})})
             )
     subsets.append(replace(toy(), class_names=("a", "b", "d")))
+    turned = replace(toy().train, images_NHWC=toy().train.images_NHWC.reshape(-1, 3, 2, 1))
+    subsets.append(replace(toy(), train=turned))
     subsets.append(toy(n=299, m=8))
     assert len({catalog.fingerprint for catalog in subsets}) == len(subsets)
 

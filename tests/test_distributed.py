@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pskd import command_line, deepspeed_config
-from pskd.checkpoint import Checkpoints
+from pskd import command_line, deepspeed_config, job
+from pskd.checkpoint import Checkpoints, Position
 from pskd.data import digits
 from pskd.data.arrays import ArrayData
 from pskd.engine import Engine
@@ -270,6 +270,43 @@ def test_all_ranks_learn_of_a_stop_request_and_of_a_bad_loss(pool):
         assert not stop and bad
     for _, bad, _ in pool(2).run(stop_and_loss, -1, [float("-inf"), float("inf")]):
         assert bad
+
+
+def compare_configurations(world: World, flag: str) -> str:
+    """What a rank hears when the last rank was given one more flag, `flag`."""
+    flags = ["--recipe", "digits-pskd"] + [flag] * (world.rank == world.size - 1)
+    try:
+        job._compare_configurations(command_line.load(flags).config, world)
+    except PskdError as error:
+        return f"{type(error).__name__}: {error}"
+    return "fine"
+
+
+def test_ranks_with_different_command_lines_are_refused_by_key(pool):
+    for message in pool(2).run(compare_configurations, "--optimizer.lr=0.3"):
+        assert message.startswith("AgreedError: rank 1 has other values than rank 0")
+        assert "optimizer.lr" in message
+    assert pool(2).run(compare_configurations, "--data.root=/node/local") == ["fine"] * 2
+
+
+def weights_not_finite(world: World, path: str) -> tuple[str, bool]:
+    """What saving says of a weight that became nan, and whether a checkpoint was written."""
+    trainer = trainer_of(world, network(), batch=20, path=path)
+    trainer.checkpoints.register("engine", trainer.engine)
+    if world.rank == 1:
+        with torch.no_grad():
+            next(trainer.engine.model.parameters())[0, 0] = float("nan")
+    try:
+        trainer._save(Position(0, 3))
+    except PskdError as error:
+        return str(error), trainer.checkpoints.latest() is not None
+    return "saved", True
+
+
+def test_weights_that_are_not_finite_are_never_saved(pool, tmp_path):
+    for message, written in pool(2).run(weights_not_finite, str(tmp_path)):
+        assert "weight 0.weight is not finite" in message
+        assert not written
 
 
 def fail_on(world: World, failing: list[int]) -> str:

@@ -5,7 +5,10 @@ import signal
 import time
 
 import pytest
+import torch
 
+from pskd import models
+from pskd.weights import weights_sha256
 from tests.launches import Job, kill, metrics, result, status, train, wait_for_no_process
 
 EPOCHS = 6
@@ -41,6 +44,12 @@ def assert_same_run(run_dir, reference):
     for line, want in zip(lines, expected, strict=True):
         assert {k: line[k] for k in MEASURES} == {k: want[k] for k in MEASURES}
     assert status(run_dir)["state"] == "complete"
+    best = torch.load(run_dir / "models" / "checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == result(run_dir)["best"]["epoch"] == result(reference)["best"]["epoch"]
+    last = torch.load(run_dir / "models" / f"checkpoint_{EPOCHS}.pth", weights_only=True)
+    model = models.build(last["model"], last["num_classes"])
+    model.load_state_dict(last["net"])
+    assert weights_sha256(model) == result(run_dir)["weights_sha256"]
 
 
 def kill_at_random(job, whom, rng):
