@@ -8,7 +8,6 @@ import tarfile
 import threading
 import time
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -219,13 +218,6 @@ def test_a_missing_idx_file_is_named(small):
     assert f"{small.folder} lacks t10k-labels-idx1-ubyte. Set data.root" in text
 
 
-ZLIB = pytest.mark.xfail(
-    strict=True,
-    raises=zlib.error,
-    reason="BUG fashion_mnist._read: zlib.error of a damaged stream is not caught",
-)
-
-
 @pytest.mark.parametrize(
     ("name", "damage", "says"),
     [
@@ -236,12 +228,11 @@ ZLIB = pytest.mark.xfail(
         ("train-images-idx3-ubyte.gz", lambda p: flip(p, -6), "cannot be read: CRC check failed"),
         ("train-labels-idx1-ubyte.gz", lambda p: p.write_bytes(p.read_bytes()[:-9]), "cannot be"),
         ("train-labels-idx1-ubyte.gz", lambda p: p.write_bytes(b""), "sha256 differs"),
-        pytest.param(
+        (
             "train-images-idx3-ubyte.gz",
             # The first byte after the header: a block of the type that does not exist.
             lambda p: p.write_bytes(p.read_bytes()[:10] + b"\xff" + p.read_bytes()[11:]),
             "cannot be read",
-            marks=ZLIB,
         ),
     ],
 )
@@ -276,12 +267,6 @@ def test_fashion_mnist_without_network_is_a_refusal(small, tmp_path, monkeypatch
     assert "Set data.root" in text
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=PskdError,
-    reason="BUG fashion_mnist.load: --data.download true does not mend an interrupted download, "
-    "though the message says so",
-)
 @pytest.mark.parametrize("damage", [Path.unlink, flip])
 def test_an_interrupted_download_of_fashion_mnist_is_mended(small, tmp_path, damage):
     root = tmp_path / "new"
@@ -291,11 +276,6 @@ def test_an_interrupted_download_of_fashion_mnist_is_mended(small, tmp_path, dam
     assert_small(read("fashion-mnist", root, download=True), small.arrays)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=UserWarning,
-    reason="BUG fashion_mnist._read: read-only arrays, so torch warns about undefined behaviour",
-)
 def test_torch_takes_the_arrays_without_a_warning(small):
     catalog = read("fashion-mnist", small.folder)
     torch.set_warn_always(True)  # else once a process
@@ -377,12 +357,6 @@ FILES = {
 }
 META = pytest.param(
     lambda reader: reader.meta["filename"],
-    marks=pytest.mark.xfail(
-        strict=True,
-        raises=AssertionError,
-        reason="BUG cifar._check_files: the file of class names is not checked, so torchvision's "
-        "message comes out as 'could not be fetched', without file and remedy",
-    ),
     id="meta",
 )
 each_file = pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def _check_files(name: str, reader: Any, root: Path) -> None:
         f"Set data.root to the folder that holds {reader.base_folder}/, "
         "or fetch it with --data.download true."
     )
-    for file, md5 in (*reader.train_list, *reader.test_list):
+    names = (reader.meta["filename"], reader.meta["md5"])
+    for file, md5 in (*reader.train_list, *reader.test_list, names):
         path = folder / file
         if not path.is_file():
             raise PskdError(f"data.name {name}: no file {path}. {remedy}")

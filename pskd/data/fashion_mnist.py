@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import math
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +51,23 @@ def load(root: Path | None, download: bool) -> Catalog:
         PskdError: no copy, an incomplete one, or files that are not Fashion-MNIST.
     """
     base = root or DEFAULT_ROOT
-    folders = [base, base / "FashionMNIST" / "raw", *([DEBIAN] if root is None else [])]
+    folders = [base, _fetched(base), *([DEBIAN] if root is None else [])]
     folder = next((f for f in folders if any(_find(f, name) for name in CHECKSUMS)), None)
     if folder is None and download:
         folder = _download(base)
     if folder is None:
         looked = ", ".join(str(f) for f in folders)
         raise PskdError(f"data.name fashion-mnist: no IDX files in {looked}. {_REMEDY}")
-    images_NHW, labels_N, test_images_NHW, test_labels_N = (_read(folder, n) for n in CHECKSUMS)
+    try:
+        arrays = [_read(folder, name) for name in CHECKSUMS]
+    except PskdError:
+        if not download or folder != _fetched(base):
+            raise
+        # An interrupted download: torchvision takes files that exist for whole.
+        for path in (p for name in CHECKSUMS for p in (folder / name, folder / f"{name}.gz")):
+            path.unlink(missing_ok=True)
+        arrays = [_read(_download(base), name) for name in CHECKSUMS]
+    images_NHW, labels_N, test_images_NHW, test_labels_N = arrays
     return Catalog(
         name="fashion-mnist",
         class_names=_CLASSES,
@@ -81,6 +91,11 @@ def _download(root: Path) -> Path:
         raise PskdError(
             f"data.name fashion-mnist could not be fetched to {root}: {error}. {_REMEDY}"
         ) from error
+    return _fetched(root)
+
+
+def _fetched(root: Path) -> Path:
+    """Where torchvision puts the files."""
     return root / "FashionMNIST" / "raw"
 
 
@@ -93,7 +108,7 @@ def _read(folder: Path, name: str) -> npt.NDArray[np.uint8]:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise PskdError(f"{path} cannot be read: {error}. {_REMEDY}") from error
     if hashlib.sha256(content).hexdigest() != CHECKSUMS[name]:
         raise PskdError(
@@ -103,4 +118,4 @@ def _read(folder: Path, name: str) -> npt.NDArray[np.uint8]:
     dimensions = content[3]
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
     start = 4 + 4 * dimensions
-    return np.frombuffer(content, np.uint8, math.prod(shape), start).reshape(shape)
+    return np.frombuffer(content, np.uint8, math.prod(shape), start).reshape(shape).copy()
