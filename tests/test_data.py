@@ -276,6 +276,17 @@ def test_an_interrupted_download_of_fashion_mnist_is_mended(small, tmp_path, dam
     assert_small(read("fashion-mnist", root, download=True), small.arrays)
 
 
+def test_a_failed_mend_of_fashion_mnist_keeps_the_intact_files(small, tmp_path, monkeypatch):
+    root = tmp_path / "new"
+    read("fashion-mnist", root, download=True)
+    raw = root / "FashionMNIST" / "raw"
+    for file in raw.glob("t10k-labels*"):
+        flip(file)
+    monkeypatch.setattr(FashionMNIST, "mirrors", [NOWHERE])
+    refusal(read, "fashion-mnist", root, download=True)
+    assert len([f for f in raw.iterdir() if not f.name.startswith("t10k-labels")]) == 6
+
+
 def test_torch_takes_the_arrays_without_a_warning(small):
     catalog = read("fashion-mnist", small.folder)
     torch.set_warn_always(True)  # else once a process

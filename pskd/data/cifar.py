@@ -31,7 +31,10 @@ def load_cifar(
         train = reader(str(base), train=True, download=download)
         test = reader(str(base), train=False)
     except (OSError, RuntimeError) as error:
-        raise PskdError(f"data.name {name} could not be fetched to {base}: {error}.") from error
+        raise PskdError(
+            f"data.name {name} could not be fetched to {base}: {' '.join(str(error).split())}. "
+            f"Set data.root to a folder that holds {reader.base_folder}/."
+        ) from error
     return Catalog(
         name=name,
         class_names=tuple(train.classes),

@@ -58,16 +58,9 @@ def load(root: Path | None, download: bool) -> Catalog:
     if folder is None:
         looked = ", ".join(str(f) for f in folders)
         raise PskdError(f"data.name fashion-mnist: no IDX files in {looked}. {_REMEDY}")
-    try:
-        arrays = [_read(folder, name) for name in CHECKSUMS]
-    except PskdError:
-        if not download or folder != _fetched(base):
-            raise
-        # An interrupted download: torchvision takes files that exist for whole.
-        for path in (p for name in CHECKSUMS for p in (folder / name, folder / f"{name}.gz")):
-            path.unlink(missing_ok=True)
-        arrays = [_read(_download(base), name) for name in CHECKSUMS]
-    images_NHW, labels_N, test_images_NHW, test_labels_N = arrays
+    if download and folder == _fetched(base):
+        _mend(base)
+    images_NHW, labels_N, test_images_NHW, test_labels_N = (_read(folder, n) for n in CHECKSUMS)
     return Catalog(
         name="fashion-mnist",
         class_names=_CLASSES,
@@ -89,7 +82,8 @@ def _download(root: Path) -> Path:
         FashionMNIST(str(root), download=True)
     except (OSError, RuntimeError) as error:
         raise PskdError(
-            f"data.name fashion-mnist could not be fetched to {root}: {error}. {_REMEDY}"
+            f"data.name fashion-mnist could not be fetched to {root}: "
+            f"{' '.join(str(error).split())}. {_REMEDY}"
         ) from error
     return _fetched(root)
 
@@ -97,6 +91,22 @@ def _download(root: Path) -> Path:
 def _fetched(root: Path) -> Path:
     """Where torchvision puts the files."""
     return root / "FashionMNIST" / "raw"
+
+
+def _mend(root: Path) -> None:
+    """Fetch again what an interrupted download left: torchvision takes any file for a whole one."""
+    folder = _fetched(root)
+    damaged = []
+    for name in CHECKSUMS:
+        try:
+            _read(folder, name)
+        except PskdError:
+            damaged.append(name)
+    for name in damaged:
+        (folder / name).unlink(missing_ok=True)
+        (folder / f"{name}.gz").unlink(missing_ok=True)
+    if damaged:
+        _download(root)
 
 
 def _read(folder: Path, name: str) -> npt.NDArray[np.uint8]:
