@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -26,6 +28,7 @@ from pskd.data import fashion_mnist
 from pskd.data.arrays import ArrayData
 from pskd.data.catalog import Catalog, Split, load
 from pskd.errors import PskdError
+from pskd.store import open_generation
 from pskd.store.format import parse_header
 from tests.launches import result, train
 from tests.test_failures import assert_refused
@@ -551,6 +554,37 @@ def test_a_job_trains_and_validates_on_the_subsets(tmp_path, debian):
     same = read("fashion-mnist", debian, limit=64, held_out=50, pad_to=32)
     assert (header.n, header.identity) == (64, same.fingerprint)
     assert result(run_dir)["last"]["top1_error"] % 2 == 0  # percent of 50 samples
+
+
+TRAIN_ON_SMALL_FILES = """
+import sys
+from torchvision.datasets import CIFAR10, CIFAR100
+from pskd.entry import main
+for reader in (CIFAR10, CIFAR100):
+    if reader.base_folder == {folder!r}:
+        reader.train_list, reader.test_list, reader.meta = {lists!r}
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_job_trains_on_cifar(cifar, tmp_path):
+    """By the recipe of the README, with the small files' checksums and a small network."""
+    reader = cifar.reader
+    lists = (reader.train_list, reader.test_list, reader.meta)
+    script = TRAIN_ON_SMALL_FILES.format(folder=reader.base_folder, lists=lists)
+    flags = ["--recipe=cifar100-preact_resnet18-pskd", f"--data.name={cifar.name}"]
+    flags += [f"--data.root={cifar.root}", "--model.name=preact_resnet8_w16"]
+    flags += ["--train.epochs=2", "--schedule.milestones=[1]", "--train.batch_size=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags, f"--run.dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    samples = len(cifar.expected[0][1])
+    rows = open_generation(tmp_path / "run" / "store" / "gen-000001")[np.arange(samples)]
+    assert rows.shape == (samples, len(cifar.class_names))
 
 
 def test_a_missing_data_folder_stops_a_job_before_it_has_a_directory(tmp_path):

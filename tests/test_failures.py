@@ -11,7 +11,9 @@ import pytest
 
 from tests.launches import ROOT, Job, kill, metrics, processes_of, result, status, train
 
-BRIEF = ("--recipe=digits-pskd", "--train.epochs=2", "--schedule.milestones=[1]")
+# One thread: on a busy machine, threads of one process wait for each other most of the time.
+LONG = ("--recipe=digits-pskd", "--run.threads=1")
+BRIEF = (*LONG, "--train.epochs=2", "--schedule.milestones=[1]")
 
 
 def assert_refused(job, *parts, run_failed=False):
@@ -82,9 +84,9 @@ def test_a_read_only_directory_is_refused(tmp_path, read_only_directory):
 
 def test_a_directory_in_use_is_refused_and_its_owner_goes_on(tmp_path):
     run_dir = tmp_path / "run"
-    owner = Job(run_dir, "--recipe=digits-pskd", processes=None)
+    owner = Job(run_dir, *LONG, processes=None)
     owner.wait_until(lambda: len(metrics(run_dir)) >= 1)
-    second = train(run_dir, "--recipe=digits-pskd", "--run.lock_wait_s=1", processes=None)
+    second = train(run_dir, *LONG, "--run.lock_wait_s=1", processes=None)
     assert_refused(second, "is in use by process", str(owner.process.pid), "heartbeat")
     assert owner.wait() == 0
     assert status(run_dir)["state"] == "complete"

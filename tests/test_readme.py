@@ -2,12 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from pskd.command_line import load
+from pskd.data.catalog import DATASETS
 
 ROOT = Path(__file__).parents[1]
 MAIN = ("scripts/demo.sh", "scripts/test.sh")  # set up the environment; run by .ci/run
@@ -50,6 +54,30 @@ def test_every_other_command_of_the_readme_works(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| digits " in done.stdout
     assert (tmp_path / "runs/digits/result.json").exists()
+
+
+def long_commands() -> list[str]:
+    """Commands that train for hours: their flags are checked; what they train, other tests do."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", long_commands())
+def test_the_long_commands_of_the_readme_are_accepted(command):
+    launcher, _, flags = command.partition(" train.py ")
+    assert launcher == "torchrun --standalone --nproc-per-node 2"
+    recipe = load(shlex.split(flags)).recipe
+    assert recipe is not None
+    assert "pskd" in recipe
+
+
+def test_there_is_one_for_each_data_set():
+    named = {
+        load(shlex.split(c.partition(" train.py ")[2])).config.data.name
+        for c in [*commands(), *long_commands()]
+        if " train.py " in c
+    }
+    assert named == set(DATASETS)
 
 
 @pytest.mark.parametrize("name", ["pskd/store/format.py", "ds_configs/fp32.json", "LICENSE"])

@@ -14,6 +14,7 @@ from tests.launches import Job, kill, metrics, result, status, train, wait_for_n
 EPOCHS = 6
 FLAGS = (
     "--recipe=digits-pskd",
+    "--run.threads=1",
     f"--train.epochs={EPOCHS}",
     "--schedule.milestones=[3, 5]",
     "--checkpoint.every_steps=7",
