@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pskd import models
+from pskd.store import open_generation
 from pskd.weights import weights_sha256
 from tests.launches import Job, kill, metrics, result, status, train, wait_for_no_process
 
@@ -134,6 +135,20 @@ def test_a_stop_request_is_agreed_saved_and_resumed(tmp_path, undisturbed, to):
     wait_for_no_process(run_dir)
     assert train(run_dir).process.returncode == 0
     assert_same_run(run_dir, undisturbed(2))
+
+
+def test_begun_on_two_ranks_and_ended_on_one(tmp_path):
+    run_dir = tmp_path / "run"
+    job = Job(run_dir, *FLAGS)
+    job.wait_for_epochs(2)
+    job.workers()[0].send_signal(signal.SIGTERM)
+    job.wait()
+    again = train(run_dir, processes=None)
+    assert again.process.returncode == 0, again.output()
+    assert "world was 2, now 1" in again.output()  # BatchNorm sees other batches: not to the bit
+    assert [line["epoch"] for line in metrics(run_dir)] == list(range(EPOCHS))
+    rows = open_generation(run_dir / "store" / f"gen-{EPOCHS - 1:06d}")[range(1437)]
+    assert torch.allclose(rows.sum(dim=1), torch.ones(1437))
 
 
 def test_a_stopped_process_exits_with_75(tmp_path):
