@@ -271,7 +271,7 @@ def complete(path: str) -> dict:
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"train_batch_size": 64}, ["'train_batch_size' is 64", "train.*"]),
+        ({"train_batch_size": 63}, ["'train_batch_size' is 63", "train.*"]),
         ({"gradient_clipping": 2.0}, ["'gradient_clipping' is 2.0"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer'"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["'scheduler'"]),
@@ -308,6 +308,7 @@ def test_no_such_file_names_those_that_there_are():
 def test_auto_and_our_own_values_are_accepted(tmp_path):
     path = tmp_path / "ds.json"
     given = {
+        "train_batch_size": 64,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": "auto",
         "fp16": {"enabled": False},

@@ -80,7 +80,7 @@ def test_there_is_one_for_each_data_set():
     assert named == set(DATASETS)
 
 
-@pytest.mark.parametrize("name", ["pskd/store/format.py", "ds_configs/fp32.json", "LICENSE"])
+@pytest.mark.parametrize("name", ["pskd/store/format.py", "scripts/fashion_mnist.sh", "LICENSE"])
 def test_files_that_the_readme_names_exist(name):
     assert (ROOT / name).exists()
     assert Path(name).name in (ROOT / "README.md").read_text()
