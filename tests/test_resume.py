@@ -54,11 +54,11 @@ def assert_same_run(run_dir, reference):
     assert weights_sha256(model) == result(run_dir)["weights_sha256"]
 
 
-def kill_at_random(job, whom, rng):
-    """Anywhere from the first epoch to the last; nothing of the job may outlive it."""
-    job.wait_for_epochs(rng.randrange(EPOCHS - 1))
+def kill_at_random(job, whom, rng, pause_s=0.5):
+    """Anywhere from the first epoch to the last but one; nothing of the job may outlive it."""
+    job.wait_for_epochs(rng.randrange(EPOCHS - 2))
     job.wait_until(lambda: "training:" in job.output() or "resuming:" in job.output())
-    time.sleep(rng.random() * 0.5)
+    time.sleep(rng.random() * pause_s)
     if whom == "launcher":
         job.process.send_signal(signal.SIGKILL)
     elif whom == "one":
@@ -66,7 +66,7 @@ def kill_at_random(job, whom, rng):
     else:
         job.process.send_signal(signal.SIGKILL)
         kill(job.workers())
-    job.wait()
+    assert job.wait() != 0, "it was complete before it could be killed"
     wait_for_no_process(job.run_dir)
 
 
@@ -171,7 +171,7 @@ def test_every_engine_is_killed_and_ends_with_the_same_bits(tmp_path, engine):
     reference = train(tmp_path / "reference", *flags)
     assert reference.process.returncode == 0, reference.output()
     run_dir = tmp_path / "run"
-    kill_at_random(Job(run_dir, *flags), "all", random.Random(seed))
+    kill_at_random(Job(run_dir, *flags), "all", random.Random(seed), pause_s=0.05)
     again = train(run_dir)
     assert again.process.returncode == 0, f"seed {seed}\n{again.output()}"
     assert "resuming" in again.output()
