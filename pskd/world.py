@@ -9,9 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# Read by DeepSpeed when it is imported: without a GPU it would probe for other accelerators.
 import torch
 
+# Read by DeepSpeed when it is imported: without a GPU it would probe for other accelerators.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -16,7 +16,7 @@ from pskd.engine import Engine
 from pskd.errors import PskdError
 from pskd.guard import Guard
 from pskd.methods import registry
-from pskd.metrics import summarize
+from pskd.metrics import MEASURES, summarize
 from pskd.order import Plan, epoch_order
 from pskd.run_dir import RunDir
 from pskd.store import open_generation
@@ -254,6 +254,24 @@ def evaluate(world: World, path: str) -> tuple[dict[str, float | None], dict[str
 def test_evaluation_counts_each_sample_once_and_uses_the_buffers_of_rank_0(pool, tmp_path, world):
     for sharded, whole in pool(world).run(evaluate, str(tmp_path)):
         assert sharded == pytest.approx(whole, rel=1e-5)
+
+
+def evaluated_epochs(world: World, every: int, path: str) -> list[bool]:
+    """Which of three epochs are evaluated."""
+    trainer = trainer_of(world, network_with_statistics(0.0), batch=20, path=path)
+    section = replace(trainer.config.evaluation, every=every)
+    trainer.config = replace(trainer.config, evaluation=section)
+    found = [trainer._evaluate(epoch) for epoch in range(3)]
+    assert all(set(measures) == set(MEASURES) for measures in found)
+    return [measures["nll"] is not None for measures in found]
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(1, [True, True, True]), (2, [False, True, True]), (5, [False, False, True])],
+)
+def test_every_so_many_epochs_are_evaluated_and_the_last(pool, tmp_path, every, expected):
+    assert pool(2).run(evaluated_epochs, every, str(tmp_path)) == [expected] * 2
 
 
 def stop_and_loss(world: World, stopping: int, losses: list[float]) -> list[tuple]:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from pskd import command_line, deepspeed_config
 from pskd.checkpoint import Checkpoints, Position
-from pskd.engine import Engine
+from pskd.config import OptimizerSection
+from pskd.engine import Engine, _parameter_groups
 from pskd.errors import PskdError
 from pskd.weights import weights_sha256
 from pskd.world import World
@@ -144,6 +145,19 @@ def test_evaluation_is_in_training_precision_or_in_fp32(pool):
     assert 0 < half < 2e-2
     assert full == 0
     assert same_type
+
+
+def test_norms_and_biases_may_be_spared_the_weight_decay():
+    model = network()
+    (everything,) = _parameter_groups(model, OptimizerSection(weight_decay=0.1))
+    assert everything["weight_decay"] == 0.1
+    assert len(everything["params"]) == len(list(model.parameters()))
+    section = OptimizerSection(weight_decay=0.1, decay_norm_and_bias=False)
+    weights, spared = _parameter_groups(model, section)
+    assert (weights["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in weights["params"]} == {2, 4}
+    assert {p.ndim for p in spared["params"]} == {1}
+    assert len(weights["params"]) + len(spared["params"]) == len(everything["params"])
 
 
 # --- overflow, and state -------------------------------------------------------------------
