@@ -51,6 +51,12 @@ class Position(NamedTuple):
         """Of the checkpoint's directory."""
         return f"{self.epoch:06d}-{self.step:08d}"
 
+    @classmethod
+    def of(cls, name: str) -> "Position":
+        """Of the checkpoint in a directory of that name."""
+        epoch, step = name.split("-")
+        return cls(int(epoch), int(step))
+
 
 class Checkpoints:
     """The checkpoints of one run directory."""
@@ -78,38 +84,41 @@ class Checkpoints:
         Raises:
             PskdError: the disk is full or failed; the previous checkpoint is untouched.
         """
-        final = self.directory / position.name
         if self.latest() == position.name:
-            return self._retain()  # asked to stop right after a resume: it is there already
+            return self.retain()  # asked to stop right after a resume: it is there already
+        return self._write(position, {name: p.state_dict() for name, p in self._parts.items()})
+
+    def adopt(self, source: Path, state: dict[str, Any]) -> None:
+        """Rank 0: begin with a checkpoint of another run, whose state may have been changed.
+
+        Raises:
+            PskdError: as `save`.
+        """
+        position = Position.of(source.name)
         aside = self._aside(position)
         try:
-            if not aside.exists():  # else it holds shards
-                self.open_aside(position, create=True)
-            state = {name: part.state_dict() for name, part in self._parts.items()}
-            # Through memory: torch.save to a file turns a full disk into a nameless RuntimeError.
-            content = io.BytesIO()
-            torch.save(state, content)
-            write_atomically(aside / "state.pt", content.getbuffer())
-            manifest = {
-                "serial": 1 + max((m["serial"] for m in self._manifests().values()), default=0),
-                "epoch": position.epoch,
-                "step": position.step,
-                "store": state.get("store"),
-                "sha256": {p.name: self._seal(p) for p in sorted(aside.iterdir())},
-            }
-            write_manifest(aside / "manifest.json", _VERSION, manifest)
-            # A process killed before it could write `latest` leaves the same content: replace it.
-            self._delete(position.name)
-            aside.rename(final)
-            sync_directory(self.directory)
-            write_atomically(self.directory / "latest", position.name.encode())
-            return self._retain()
+            self.open_aside(position, create=True)
+            for path in source.iterdir():
+                if path.name not in ("state.pt", "manifest.json"):  # the shards of ZeRO-1 and 2
+                    shutil.copyfile(path, aside / path.name)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise PskdError(
-                f"checkpoint {final} cannot be written: {error.strerror}. The run can be resumed "
-                "from the one before: free some space and start again."
-            ) from error
+            raise self._failed(position, error) from error
+        self._write(position, state)
+
+    def install(self, position: Position) -> list[dict[str, Any]]:
+        """Another node has filled `open_aside`: from now on it is the latest checkpoint here.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        for path in self._aside(position).iterdir():
+            self._seal(path)
+        return self._publish(position)
+
+    def serial(self) -> int:
+        """Of the latest checkpoint; -1 if there is none."""
+        manifest = self._manifests().get(self.latest() or "")
+        return -1 if manifest is None else int(manifest["serial"])
 
     def open_aside(self, position: Position, create: bool) -> Path:
         """Where the next checkpoint is put together; other ranks may add files before `save`.
@@ -172,14 +181,53 @@ class Checkpoints:
                 found[path.parent.name] = read_manifest(path, _VERSION)
         return found
 
-    def _retain(self) -> list[dict[str, Any]]:
-        """Keep the newest by serial number: after a resume from an older one, names go back."""
+    def retain(self) -> list[dict[str, Any]]:
+        """Delete old checkpoints; returns the manifests of those that stay.
+
+        The newest by serial number stay: after a resume from an older one, names go back.
+        """
         manifests = self._manifests()
         latest = self.latest()
         by_age = sorted(manifests, key=lambda name: (name == latest, manifests[name]["serial"]))
         for name in by_age[: -self._keep]:
             self._delete(name)
         return [manifests[name] for name in by_age[-self._keep :]]
+
+    def _write(self, position: Position, state: dict[str, Any]) -> list[dict[str, Any]]:
+        aside = self._aside(position)
+        try:
+            if not aside.exists():  # else it holds shards
+                self.open_aside(position, create=True)
+            # Through memory: torch.save to a file turns a full disk into a nameless RuntimeError.
+            content = io.BytesIO()
+            torch.save(state, content)
+            write_atomically(aside / "state.pt", content.getbuffer())
+            manifest = {
+                "serial": 1 + max((m["serial"] for m in self._manifests().values()), default=0),
+                "epoch": position.epoch,
+                "step": position.step,
+                "store": state.get("store"),
+                "sha256": {p.name: self._seal(p) for p in sorted(aside.iterdir())},
+            }
+            write_manifest(aside / "manifest.json", _VERSION, manifest)
+            return self._publish(position)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise self._failed(position, error) from error
+
+    def _publish(self, position: Position) -> list[dict[str, Any]]:
+        # A process killed before it could write `latest` leaves the same content: replace it.
+        self._delete(position.name)
+        self._aside(position).rename(self.directory / position.name)
+        sync_directory(self.directory)
+        write_atomically(self.directory / "latest", position.name.encode())
+        return self.retain()
+
+    def _failed(self, position: Position, error: OSError) -> PskdError:
+        return PskdError(
+            f"checkpoint {self.directory / position.name} cannot be written: {error.strerror}. "
+            "The run can be resumed from the one before: free some space and start again."
+        )
 
     def _aside(self, position: Position) -> Path:
         return self.directory / f".{position.name}.tmp"

@@ -50,13 +50,13 @@ _PUBLIC_FLAGS = {
     "workers": "nothing: images are resident",
     "alpha_T": "--method.alpha_T",
     "saveckp_freq": "--checkpoint.export_every",
-    "resume": "--run.dir DIR (resumes by itself)",
     "rank": "torchrun --node-rank",
     "world_size": "torchrun --nnodes and --nproc-per-node",
     "dist_url": "torchrun --master-addr and --master-port",
     "dist_backend": "nothing: nccl on GPUs, gloo on CPUs",
     "multiprocessing_distributed": "torchrun --nproc-per-node",
 }
+_SHORT = {"--deepspeed_config": "--engine.deepspeed_config", "--resume": "--run.resume"}
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # set by `deepspeed`; we read the environment
 
 
@@ -129,8 +129,7 @@ def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
     queue = list(argv)
     while queue:
         flag, separator, value = queue.pop(0).partition("=")
-        if flag == "--deepspeed_config":
-            flag = "--engine.deepspeed_config"
+        flag = _SHORT.get(flag, flag)
         if not flag.startswith("--") or flag in ("--help", "--deepspeed"):
             if flag in ("-h", "--help"):
                 flags.append("--help")
@@ -155,11 +154,13 @@ def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
 
 def _config_of_run(flags: list[str]) -> list[str]:
     """A run that is resumed without recipe or file brings its own configuration."""
-    for flag in reversed(flags):
-        if flag.startswith("--run.dir="):
-            path = Path(flag.partition("=")[2]) / "config.yaml"
-            return [str(path)] if path.is_file() else []
-    return []
+    given = dict(flag.partition("=")[::2] for flag in flags)
+    candidates = [Path(given["--run.dir"])] if "--run.dir" in given else []
+    if "--run.resume" in given:
+        source = Path(given["--run.resume"])  # a run, or RUN/checkpoints/NAME
+        candidates += [source, source.parent.parent]
+    found = [str(path / "config.yaml") for path in candidates if (path / "config.yaml").is_file()]
+    return found[:1]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

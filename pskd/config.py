@@ -15,6 +15,7 @@ from pskd.data.catalog import DATASETS
 from pskd.fields import TAGS, content, known, numerics, output, require, speed
 from pskd.methods.sections import MethodSection
 from pskd.models import MODELS
+from pskd.store.registry import check_encoding
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class RunSection:
         None, "run directory; what is in it is resumed (default: a new one under run.root)"
     )
     root: str = output("runs", "where new numbered run directories are made")
+    resume: str | None = output(
+        None, "begin a new run from another: its directory, or one of its checkpoints (--resume)"
+    )
     threads: int = speed(
         0, "CPU threads a rank; 0: one with several ranks on a node, else all cores"
     )
@@ -34,6 +38,7 @@ class RunSection:
     def check(self) -> None:
         """Counts and durations are positive."""
         require(self.dir != "", "run.dir", "''", "name a directory, or leave the flag out.")
+        require(self.resume != "", "run.resume", "''", "name a run, or leave the flag out.")
         require(self.threads >= 0, "run.threads", self.threads, "use 0 (automatic) or more.")
         require(self.timeout_s >= 1, "run.timeout_s", self.timeout_s, "use 1 second or more.")
         require(
@@ -167,10 +172,25 @@ class EngineSection:
 class StoreSection:
     """The store of past predictions, for the methods that need it."""
 
-    encoding: Literal["float16", "float32"] = numerics("float16", "how a row is kept on disk")
+    encoding: str = numerics(
+        "float16", "how a row is kept on disk: float16, float32, uint8-log or top<k>"
+    )
+    read: Literal["mmap", "pread"] = speed(
+        "mmap", "read rows through a mapping, or with one system call each"
+    )
+    readahead_bytes: int = speed(
+        0, "read so much of a generation from front to back as its epoch begins; 0: nothing"
+    )
 
     def check(self) -> None:
-        """Nothing to check: the choices are closed."""
+        """The encoding exists."""
+        check_encoding(self.encoding)
+        require(
+            self.readahead_bytes >= 0,
+            "store.readahead_bytes",
+            self.readahead_bytes,
+            "use 0 or more.",
+        )
 
 
 @dataclass(frozen=True)

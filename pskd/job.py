@@ -1,17 +1,14 @@
 """A job from its configuration to its exit code: put the parts together, report how it ended."""
 
 import logging
-import os
-import secrets
 import sys
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pskd import deepspeed_config, hashing, launch, models, run_dir, world
+from pskd import deepspeed_config, launch, mirror, models, run_dir, world
 from pskd.checkpoint import Checkpoints, Position, Stateful
 from pskd.command_line import Invocation
 from pskd.config import Config
@@ -23,8 +20,10 @@ from pskd.failure import understand
 from pskd.fields import TAGS
 from pskd.methods import registry
 from pskd.order import Plan
-from pskd.run_dir import RunDir, Status
-from pskd.store.store import Store
+from pskd.run_dir import RunDir, Start, Status
+from pskd.sites import Sites
+from pskd.startup import Origin, open_directory, register_start
+from pskd.store.store import Store, StoreOptions
 from pskd.trainer import History, Trainer
 from pskd.world import World
 
@@ -85,10 +84,13 @@ class _Job:
         _compare_configurations(config, here)
         catalog, plan = _data(config, here)
         settings = _deepspeed_settings(config, plan, here)
-        directory = _open_directory(config, self.invocation.recipe, here)
+        directory, sites = open_directory(config, settings, self.invocation.recipe, here)
         self.path = directory.path
-        self.start = _register_start(config, settings, here, directory, threads)
-        trainer, position = _prepare(config, settings, here, catalog, plan, directory, self.start)
+        start, origin = register_start(config, settings, here, directory, sites, threads)
+        self.start = start.number
+        trainer, position = _prepare(
+            config, settings, here, sites, catalog, plan, directory, start, origin
+        )
         code = trainer.run(position)
         if trainer.store is not None:
             trainer.store.close()
@@ -173,39 +175,16 @@ def _deepspeed_settings(config: Config, plan: Plan, here: World) -> dict[str, An
     return settings
 
 
-def _open_directory(config: Config, recipe: str | None, here: World) -> RunDir:
-    """The run directory, owned by rank 0 and seen by all."""
-    path, token = "", ""
-    with here.together():
-        if here.rank == 0:
-            label = recipe or f"{config.data.name}-{config.method.name}"
-            root = Path(config.run.root)
-            chosen = Path(config.run.dir) if config.run.dir else run_dir.new_path(root, label)
-            directory = RunDir(chosen.absolute())
-            directory.acquire(config.run.lock_wait_s)
-            path, token = str(directory.path), secrets.token_hex(8)
-            (directory.path / "token").write_text(token)
-    path, token = here.broadcast((path, token))
-    if here.rank != 0:
-        directory = RunDir(Path(path))
-    with here.together():
-        seen = Path(path, "token")
-        if not seen.exists() or seen.read_text() != token:
-            raise PskdError(
-                f"rank {here.rank} does not see the run directory {path} of rank 0. "
-                "Put it on a file system that all nodes share."
-            )
-    return directory
-
-
 def _prepare(
     config: Config,
     settings: dict[str, Any],
     here: World,
+    sites: Sites,
     catalog: Catalog,
     plan: Plan,
     directory: RunDir,
-    start: int,
+    start: Start,
+    origin: Origin | None,
 ) -> tuple[Trainer, Position]:
     """Build every part, and bring it to where the run was left."""
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
@@ -214,14 +193,17 @@ def _prepare(
     method = registry.create(config.method)
     store = None
     if method.needs_store:
+        section = config.store
         store = Store(
             directory.store,
             n=plan.n,
             classes=catalog.num_classes,
-            encoding=config.store.encoding,
             identity=catalog.fingerprint,
-            start=start,
-            peers=here,
+            run=start.run,
+            start=start.number,
+            peers=sites,
+            options=StoreOptions(section.encoding, section.read, section.readahead_bytes),
+            device=here.device,
         )
     history = History()
     checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
@@ -234,11 +216,12 @@ def _prepare(
     for name, part in parts.items():
         if part is not None:
             checkpoints.register(name, part)
-    position = _restore(checkpoints, engine, here)
+    position = _restore(checkpoints, engine, store, origin, here, sites)
     log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
         world=here,
+        sites=sites,
         run_dir=directory,
         data=ArrayData(
             catalog, here.device, config.train.seed, config.data.crop_padding, config.data.flip
@@ -250,48 +233,41 @@ def _prepare(
         store=store,
         checkpoints=checkpoints,
         history=history,
-        status=Status(directory, config.train.epochs, start) if here.rank == 0 else None,
+        status=Status(directory, config.train.epochs, start.number) if here.rank == 0 else None,
     )
     return trainer, position
 
 
-def _register_start(
-    config: Config, settings: dict[str, Any], here: World, directory: RunDir, threads: int
-) -> int:
-    """Compare configuration and software with the run's; returns the number of this start."""
-    start = 0
-    with here.together():
-        if here.rank == 0:
-            directory.reconcile(config)
-            directory.reconcile_engine(settings)
-            start, changes = directory.record_start(_facts(here, threads))
-            if changes:
-                log.warning(
-                    "resumed weights may differ in the last bits from an undisturbed run: %s",
-                    "; ".join(changes),
-                )
-    return int(here.broadcast(start))
+def _adopt(origin: Origin, checkpoints: Checkpoints, store: Store | None) -> None:
+    """Make another run's checkpoint the first of this one."""
+    directory = origin.checkpoint
+    position, state = Checkpoints(directory.parent, 1).read(directory.name)
+    if store is None:
+        state.pop("store", None)
+    elif "store" in state:
+        state["store"] = store.adopt(origin.run.store, state["store"])
+    else:
+        log.warning("%s has no past predictions: the first targets are one-hot", directory)
+        state["store"] = store.empty_state(position.epoch)
+    checkpoints.adopt(directory, state)
 
 
-def _facts(here: World, threads: int) -> dict[str, Any]:
-    """What bit-equality of weights depends on, besides the configuration."""
-    cuda = here.device.type == "cuda"
-    return {
-        "world": here.size,
-        "threads": threads,
-        "device": torch.cuda.get_device_name(here.device) if cuda else "cpu",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        **{name: version(name) for name in ("torch", "torchvision", "deepspeed", "numpy")},
-        "hash": hashing.ALGORITHM,
-        "machine": os.uname().machine,
-    }
-
-
-def _restore(checkpoints: Checkpoints, engine: Engine, here: World) -> Position:
+def _restore(
+    checkpoints: Checkpoints,
+    engine: Engine,
+    store: Store | None,
+    origin: Origin | None,
+    here: World,
+    sites: Sites,
+) -> Position:
     """Load the newest checkpoint, if there is one: all verify, agree, then load."""
     with here.together():
-        if here.rank == 0:
+        if sites.leads:
             checkpoints.prepare()
+    with here.together():
+        if here.rank == 0 and origin is not None:
+            _adopt(origin, checkpoints, store)
+    mirror.catch_up(checkpoints, sites)
     with here.together():
         name = checkpoints.latest()
     name = here.broadcast(name)  # rank 0's, should a file system show an older one elsewhere
@@ -299,6 +275,8 @@ def _restore(checkpoints: Checkpoints, engine: Engine, here: World) -> Position:
         return Position(0, 0)
     with here.together():
         position, state = checkpoints.read(name)
+    if store is not None:
+        store.receive(state["store"])
     with here.together():
         checkpoints.restore(state)
     if engine.sharded:

@@ -17,13 +17,14 @@ import logging
 import os
 import platform
 import re
+import secrets
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 
@@ -34,6 +35,14 @@ from pskd.files import write_atomically
 HEARTBEAT_S = 5.0
 
 log = logging.getLogger("pskd")
+
+
+class Start(NamedTuple):
+    """number: of this start of the run, from 0. run: the run's name. changes: of facts since."""
+
+    number: int
+    run: str
+    changes: list[str]
 
 
 class RunDir:
@@ -98,33 +107,43 @@ class RunDir:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(self.path / "metrics.jsonl", text.encode())
 
+    def differences(self, config: Config) -> list[str]:
+        """What changes the result and differs from the configuration that the run began with.
+
+        Raises:
+            PskdError: the saved configuration is damaged.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return []
+        try:
+            saved = dict(yaml.safe_load(path.read_text()))
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise PskdError(
+                f"{path} is damaged ({error}). Restore it, or use another --run.dir."
+            ) from error
+        changes = []
+        defaults = config.defaults()  # of keys that are younger than the run
+        for key, value in config.values("numerics").items():
+            section, _, name = key.partition(".")
+            before = saved.get(section, {}).get(name, defaults[key])
+            if before != value:
+                changes.append(f"{key} was {before}, now {value}")
+        return changes
+
     def reconcile(self, config: Config) -> None:
         """Save the configuration, or compare it with the one that the run began with.
 
         Raises:
             PskdError: a value that changes the result differs; names each.
         """
-        path = self.path / "config.yaml"
-        if path.exists():
-            try:
-                saved = dict(yaml.safe_load(path.read_text()))
-            except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-                raise PskdError(
-                    f"{path} is damaged ({error}). Restore it, or use another --run.dir."
-                ) from error
-            changes = []
-            defaults = config.defaults()  # of keys that are younger than the run
-            for key, value in config.values("numerics").items():
-                section, _, name = key.partition(".")
-                before = saved.get(section, {}).get(name, defaults[key])
-                if before != value:
-                    changes.append(f"{key} was {before}, now {value}")
-            if changes:
-                raise PskdError(
-                    f"{self.path} holds a run of another configuration: {'; '.join(changes)}. "
-                    "Use the old values, or another --run.dir."
-                )
-        write_atomically(path, config.to_yaml().encode())
+        changes = self.differences(config)
+        if changes:
+            raise PskdError(
+                f"{self.path} holds a run of another configuration: {'; '.join(changes)}. "
+                "Use the old values, or another --run.dir."
+            )
+        write_atomically(self.path / "config.yaml", config.to_yaml().encode())
 
     def reconcile_engine(self, settings: dict[str, Any]) -> None:
         """Save DeepSpeed's settings, or compare them with those that the run began with.
@@ -147,11 +166,11 @@ class RunDir:
             )
         self.write_json("ds_config.json", own)
 
-    def record_start(self, facts: dict[str, Any]) -> tuple[int, list[str]]:
-        """Append this start to env.json; returns its number and what differs from the last one.
+    def record_start(self, facts: dict[str, Any], origin: dict[str, Any] | None) -> "Start":
+        """Append this start to env.json.
 
-        The facts decide whether weights can be equal to the bit (design: same software, CPU
-        instruction set, threads and world).
+        facts: decide whether weights can be equal to the bit (design: same software, CPU
+        instruction set, threads and world). origin: the other run that this one begins from.
         """
         starts: list[dict[str, Any]] = self.read_json("env.json") or []
         changes = []
@@ -162,15 +181,18 @@ class RunDir:
                 for key in {**before, **facts}
                 if before.get(key) != facts.get(key)
             ]
+        name = starts[0]["run"] if starts else secrets.token_hex(8)
         entry = {
             "start": len(starts),
+            "run": name,
             "time": time.time(),
             "host": platform.node(),
             "command": sys.argv,
+            "origin": origin,
             "facts": facts,
         }
         self.write_json("env.json", [*starts, entry])
-        return len(starts), changes
+        return Start(len(starts), name, changes)
 
     def _heartbeat_age(self) -> str:
         status = self.read_json("status.json")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pskd import mirror
 from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.data.arrays import ArrayData
@@ -25,6 +26,7 @@ from pskd.order import Ids, Plan, epoch_order
 from pskd.progress import Progress, readable
 from pskd.run_dir import RunDir, Status
 from pskd.schedule import lr_at
+from pskd.sites import Sites
 from pskd.store.store import Store
 from pskd.weights import export_weights, weights_sha256
 from pskd.world import World
@@ -71,6 +73,7 @@ class Trainer:
 
     config: Config
     world: World
+    sites: Sites
     run_dir: RunDir
     data: ArrayData
     plan: Plan
@@ -204,6 +207,7 @@ class Trainer:
             **constants,
             **self._evaluate(epoch),
             "images_per_s": round(rate, 1),
+            **self._store_waits(epoch),
         }
         self.history.loss_sum, self.history.samples = 0.0, 0
         self.history.lines.append(line)
@@ -215,6 +219,22 @@ class Trainer:
         if self.world.rank == 0:  # after the checkpoint: both are of one history
             self.run_dir.write_metrics(self.history.lines)
             self._export()
+
+    def _store_waits(self, epoch: int) -> dict[str, float]:
+        """Seconds that the rank which waited longest has waited for the store's disk."""
+        if self.store is None:
+            return {}
+        waits = self.store.waits()
+        full = max(self.world.gather((waits["write"].times, waits["write"].seconds)))
+        if full[0]:
+            log.warning(
+                "%s: training waited %d times (%.1f s) for the disk of the prediction store, as "
+                "all its buffers were full. A faster disk or a smaller store.encoding avoids it.",
+                self._label(epoch),
+                *full,
+            )
+        seconds = sum(wait.seconds for wait in waits.values())
+        return {"store_wait_s": round(max(self.world.gather(seconds)), 3)}
 
     def _evaluate(self, epoch: int) -> dict[str, float | None]:
         """The measures on the validation split; each sample counts once, on any world.
@@ -254,9 +274,10 @@ class Trainer:
             self.engine.save_shards(aside)  # collective: must not be inside `together`
             self.world.gather(None)
         if self.world.rank == 0:
-            retained = self.checkpoints.save(position)
-            if self.store is not None:
-                self.store.retain(m["store"] for m in retained)
+            self.checkpoints.save(position)
+        mirror.send(self.checkpoints, position, 0, self.sites)
+        if self.sites.leads and self.store is not None:
+            self.store.retain(m["store"] for m in self.checkpoints.retain())
 
     def _export(self) -> None:
         """Weights for plain torch, as they are after the last epoch in the history."""
@@ -299,9 +320,7 @@ class Trainer:
     def _past(self, ids_B: Ids) -> Past | None:
         if self.store is None:
             return None
-        rows_BC, present_B = self.store.past(ids_B)
-        device = self.world.device
-        return Past(rows_BC.to(device, non_blocking=True), present_B.to(device, non_blocking=True))
+        return Past(*self.store.past(ids_B))
 
     def _ids(self, order_N: Ids, epoch: int, step: int) -> Ids:
         low, high = self.plan.part(step, self.world.rank)

@@ -19,8 +19,9 @@ from pskd.methods import registry
 from pskd.metrics import MEASURES, summarize
 from pskd.order import Plan, epoch_order
 from pskd.run_dir import RunDir
+from pskd.sites import one_site
 from pskd.store import open_generation
-from pskd.store.store import Store
+from pskd.store.store import Store, StoreOptions
 from pskd.trainer import History, Trainer
 from pskd.weights import weights_sha256
 from pskd.world import World
@@ -76,14 +77,17 @@ def trainer_of(
             Path(path),
             n=n,
             classes=10,
-            encoding="float32",
             identity=catalog.fingerprint,
+            run="run",
             start=0,
-            peers=world,
+            peers=one_site(world),
+            options=StoreOptions("float32"),
+            device=world.device,
         )
     return Trainer(
         config=config,
         world=world,
+        sites=one_site(world),
         run_dir=RunDir(Path(path)),
         data=ArrayData(catalog, world.device, 0, 1, False),
         plan=plan,

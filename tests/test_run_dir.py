@@ -221,13 +221,12 @@ class TestReconcile:
 class TestStarts:
     def test_starts_are_numbered_and_changes_named(self, run):
         facts = {"torch": "2.14", "world": 2, "threads": 1}
-        assert run.record_start(facts) == (0, [])
-        assert run.record_start(facts) == (1, [])
-        assert run.record_start(facts | {"world": 4, "gpu": "x"}) == (
-            2,
-            ["world was 2, now 4", "gpu was None, now x"],
-        )
-        assert run.record_start(facts | {"world": 4, "gpu": "x"}) == (3, [])
+        other = facts | {"world": 4, "gpu": "x"}
+        given = [facts, facts, other, other]
+        number, name, changes = zip(*(run.record_start(f, None) for f in given), strict=True)
+        assert number == (0, 1, 2, 3)
+        assert len(set(name)) == 1
+        assert changes == ([], [], ["world was 2, now 4", "gpu was None, now x"], [])
         starts = json.loads((run.path / "env.json").read_text())
         assert [s["start"] for s in starts] == [0, 1, 2, 3]
         assert starts[1]["facts"] == facts
@@ -235,8 +234,18 @@ class TestStarts:
         assert all(abs(s["time"] - time.time()) < 600 and s["command"] for s in starts)
 
     def test_a_fact_that_is_gone_is_named(self, run):
-        run.record_start({"torch": "2.14", "gpu": "x"})
-        assert run.record_start({"torch": "2.14"}) == (1, ["gpu was x, now None"])
+        run.record_start({"torch": "2.14", "gpu": "x"}, None)
+        assert run.record_start({"torch": "2.14"}, None).changes == ["gpu was x, now None"]
+
+    def test_runs_have_names_of_their_own(self, run, tmp_path):
+        other = RunDir(tmp_path / "other")
+        other.path.mkdir()
+        assert run.record_start({}, None).run != other.record_start({}, None).run
+
+    def test_where_a_run_began_is_recorded(self, run):
+        origin = {"checkpoint": "there", "changes": ["train.epochs was 1, now 2"]}
+        run.record_start({}, origin)
+        assert json.loads((run.path / "env.json").read_text())[0]["origin"] == origin
 
 
 class TestSmallFiles:

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pskd.errors import PskdError
 from pskd.order import partition
 from pskd.store import open_generation
-from pskd.store.store import Store
+from pskd.store.store import Store, StoreOptions
 from tests.system import mounted, needs_root
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,6 +35,8 @@ class ThreadPeers:
 
     def __init__(self, rank, board, barrier):
         self.rank, self.size = rank, len(board)
+        self.local_rank, self.local_size = rank, len(board)
+        self.colleagues = tuple(range(len(board)))
         self._board, self._barrier = board, barrier
 
     def gather(self, value):
@@ -44,12 +46,17 @@ class ThreadPeers:
         self._barrier.wait()
         return values
 
+    def spread(self, directory, mine):
+        """They see one directory."""
+
 
 class World:
     """The stores of all ranks of one job, used by all ranks at once."""
 
     def __init__(self, directory, size=1, start=0, state=None, **other):
-        options = {"n": N, "classes": C, "encoding": "float32", "identity": "data"} | other
+        options = {"n": N, "classes": C, "identity": "data", "run": "run"} | other
+        encoding = options.pop("encoding", "float32")
+        options |= {"options": StoreOptions(encoding), "device": torch.device("cpu")}
         board, self._barrier = [None] * size, threading.Barrier(size, timeout=20)
         self.size = size
         self.stores = [
@@ -257,10 +264,10 @@ class TestEpochs:
                 assert (got_NC - want_NC).abs().max() <= 2.5e-4
                 assert (got_NC.sum(dim=1) - 1).abs().max() < 1e-6
 
-    def test_float32_keeps_what_is_no_probability_as_well(self, make):
+    def test_float32_keeps_every_bit_of_odd_numbers(self, make):
         """Signed zeros and the smallest numbers: the encoding does not compute."""
         job = make()
-        odd = torch.tensor([-0.0, 1e-45, -1e-39, 3e38, 1 - 2**-24])
+        odd = torch.tensor([-0.0, 1e-45, -1e-39, 1 - 2**-24, 2**-24])
         job.begin(0)
         job.train({4: odd})
         job.begin(1)
@@ -349,7 +356,7 @@ class TestReading:
         for path in (store_dir / "gen-000000", str(moved / "gen-000000")):
             table = open_generation(path)
             table.verify()
-            assert table.present().tolist() == sorted(rows)
+            assert np.flatnonzero(table.present_N).tolist() == sorted(rows)
             got_BC = table[[11, 0, 11]]
             assert got_BC.dtype == torch.float32
             assert bits(got_BC) == bits(torch.stack([rows[11], rows[0], rows[11]]))
@@ -400,27 +407,52 @@ class TestReading:
         job.begin(0)
         job.begin(1)
         path = store_dir / "gen-000000" / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
-        assert "version 2" in refused(lambda: open_generation(path.parent))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
+        assert "version 3" in refused(lambda: open_generation(path.parent))
 
 
 class TestRefusals:
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
     def test_non_finite_predictions_are_named_and_not_stored(self, make, store_dir, bad):
+        """Said at the next call, as a thread writes; what follows them is not written either."""
         job = make()
-        good, mixed = probabilities([1, 2], 0), torch.rand(3, C)
+        good, mixed = probabilities([1, 2], 0), torch.softmax(torch.rand(3, C), 1)
         mixed[0, 2] = mixed[2, 0] = bad
         job.begin(0)
         job.train(good)
         before = job.checkpoint()
-        message = refused(lambda: job.stores[0].remember(np.array([7, 8, 9]), mixed))
-        assert "samples [7, 9] in epoch 0" in message
-        assert "optimizer.lr" in message
-        assert job.checkpoint() == before
+        job.stores[0].remember(np.array([7, 8, 9]), mixed)
+        for action in (job.checkpoint, job.checkpoint, lambda: job.train(probabilities([3], 0))):
+            message = refused(action)
+            assert "samples [7, 9] in epoch 0" in message
+            assert "not finite" in message
+            assert "optimizer.lr" in message
         (segment,) = segments(store_dir)
         assert bits(mixed[1]) not in (store_dir / segment).read_bytes()
+        again = make(1, 1, before)
+        again.begin(0)
+        again.begin(1)
+        assert_rows(again.past(), good)
+
+    @pytest.mark.parametrize("wrong", [2.0, 0.0, -1.0])
+    def test_what_is_no_probability_is_named_and_not_stored(self, make, store_dir, wrong):
+        """Logits, for example."""
+        job = make()
+        rows = torch.softmax(torch.rand(3, C), 1)
+        rows[1] = rows[1] * wrong
+        job.begin(0)
+        job.stores[0].remember(np.array([7, 8, 9]), rows)
+        message = refused(job.checkpoint)
+        assert f"sum to {wrong:.4g}, not to 1, of samples [8] in epoch 0" in message.replace("-0", "0")
+        assert "softmax" in message
+
+    def test_a_softmax_in_half_precision_passes(self, make):
+        job = make()
+        job.begin(0)
+        rows = torch.softmax(8 * torch.randn(N, C), 1).bfloat16().float()
+        job.stores[0].remember(ALL, rows)
         job.begin(1)
-        assert_rows(job.past(), good)
+        assert len(job.past()) == N
 
     @worlds
     @pytest.mark.parametrize(
@@ -430,6 +462,7 @@ class TestRefusals:
             ("encoding", "float32", "float16"),
             ("classes", C, C + 1),
             ("n", N, N + 1),
+            ("run", "run", "other-run"),
         ],
     )
     def test_predictions_of_another_run_are_refused_by_name(self, make, world, option, was, now):
@@ -439,6 +472,8 @@ class TestRefusals:
         growing = job.checkpoint()
         job.begin(1)
         for state in (growing, job.checkpoint()):
+            if option == "run":
+                state = state | {"runs": []}
             message = refused(lambda state=state: make(1, 1, state, **{option: now}))
             assert f"{was}, not {now}" in message
             assert "seg-000000-00000-of-" in message

@@ -1,6 +1,8 @@
 """How a row of probabilities is kept on disk. torch converts: numpy's float16 cast is slow.
 
-Letters: B rows, C classes, R bytes of an encoded row.
+Errors of the PS-KD gradient against exact rows: `scripts/bench/encodings.py` prints them.
+
+Letters: B rows, C classes, R bytes of an encoded row, K largest classes.
 """
 
 from dataclasses import dataclass
@@ -8,6 +10,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from pskd.errors import PskdError
 
 
 class Encoding(Protocol):
@@ -19,7 +23,11 @@ class Encoding(Protocol):
         ...
 
     def row_bytes(self, classes: int) -> int:
-        """Bytes of one encoded row."""
+        """Bytes of one encoded row.
+
+        Raises:
+            PskdError: it makes no sense for so many classes.
+        """
         ...
 
     def encode(self, probs_BC: Tensor) -> Tensor:
@@ -27,7 +35,7 @@ class Encoding(Protocol):
         ...
 
     def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
-        """uint8 (B, R) -> float32 (B, C)."""
+        """uint8 (B, R) -> float32 (B, C), on the same device."""
         ...
 
 
@@ -67,7 +75,75 @@ class Float16:
     def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
         """Widen and renormalise."""
         probs_BC = bytes_BR.contiguous().view(torch.float16).float()
-        return probs_BC / probs_BC.sum(dim=1, keepdim=True)
+        return probs_BC.div_(probs_BC.sum(dim=1, keepdim=True))
 
 
-ENCODINGS: dict[str, Encoding] = {e.name: e for e in (Float32(), Float16())}
+@dataclass(frozen=True)
+class Uint8Log:
+    """A byte a class: the log-probability below the row's largest, in 255 steps over 16 nats.
+
+    A class is off by at most a factor exp(8/255) = 1.032; below e^-16 of the largest it becomes 0.
+    The row's scale is not kept: decoded rows are renormalised to sum to 1.
+    """
+
+    name: str = "uint8-log"
+    nats: float = 16.0
+
+    def row_bytes(self, classes: int) -> int:
+        """One byte a class."""
+        return classes
+
+    def encode(self, probs_BC: Tensor) -> Tensor:
+        """255 for the largest, 0 for what is e^-16 of it or less."""
+        steps_BC = probs_BC.float().log()
+        steps_BC -= steps_BC.amax(dim=1, keepdim=True)
+        return steps_BC.mul_(255 / self.nats).add_(255).clamp_(min=0).round_().to(torch.uint8)
+
+    def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
+        """Exponentiate and renormalise."""
+        steps_BC = bytes_BR.float()
+        probs_BC = torch.where(steps_BC > 0, ((steps_BC - 255) * (self.nats / 255)).exp_(), 0.0)
+        return probs_BC.div_(probs_BC.sum(dim=1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """An approximation: the k largest classes as float16, what is left spread evenly.
+
+    The gradient of PS-KD is off by some percent where predictions have long tails (see above).
+    """
+
+    k: int
+
+    @property
+    def name(self) -> str:
+        """top<k>."""
+        return f"top{self.k}"
+
+    def row_bytes(self, classes: int) -> int:
+        """A float16 and a uint16 (above 65,536 classes an int32) for each of the k."""
+        if self.k >= classes:
+            raise PskdError(
+                f"store.encoding {self.name} keeps {self.k} of {classes} classes, which saves "
+                f"nothing. Use float16, or top1 to top{classes - 1}."
+            )
+        return self.k * (2 + self._index(classes).itemsize)
+
+    def encode(self, probs_BC: Tensor) -> Tensor:
+        """The k values, largest first, then their classes."""
+        values_BK, classes_BK = probs_BC.float().topk(self.k, dim=1)
+        index_BK = classes_BK.to(self._index(probs_BC.shape[1]))
+        parts = (values_BK.half().view(torch.uint8), index_BK.view(torch.uint8))
+        return torch.cat(parts, dim=1)
+
+    def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
+        """Spread 1 - sum of the k evenly over the other classes, then renormalise."""
+        split = 2 * self.k
+        values_BK = bytes_BR[:, :split].contiguous().view(torch.float16).float()
+        index_BK = bytes_BR[:, split:].contiguous().view(self._index(classes)).long()
+        rest_B1 = (1 - values_BK.sum(dim=1, keepdim=True)).clamp_(min=0) / (classes - self.k)
+        probs_BC = rest_B1.repeat(1, classes).scatter_(1, index_BK, values_BK)
+        return probs_BC.div_(probs_BC.sum(dim=1, keepdim=True))
+
+    def _index(self, classes: int) -> torch.dtype:
+        return torch.uint16 if classes <= 2**16 else torch.int32

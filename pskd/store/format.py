@@ -1,4 +1,4 @@
-"""The bytes of a segment file. Version 1, little-endian.
+"""The bytes of a segment file. Version 2, little-endian.
 
     0      magic "PSKDSEG" + version byte
     8      u32 length of the JSON, u32 crc32 of the JSON
@@ -27,7 +27,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4096
 PREFIX = struct.Struct("<4sIII")  # magic, crc, rows, zero
 CRC_FROM = 8  # the crc covers the chunk from here on
@@ -54,10 +54,11 @@ class Entry(NamedTuple):
 class Header:
     """What a segment's rows are.
 
-    identity: of the samples (fingerprint of the data set). encoding: name of the row encoding.
-    start: which start of the run wrote it; rank, world: by which process of how many.
+    run: which run wrote it. identity: of the samples (fingerprint of the data set). encoding: name
+    of the row encoding. start: which start of the run; rank, world: by which process of how many.
     """
 
+    run: str
     identity: str
     epoch: int
     start: int
@@ -71,7 +72,7 @@ class Header:
     @property
     def stride(self) -> int:
         """Bytes of a unit."""
-        return -(-self.row_bytes // 16) * 16
+        return stride_of(self.row_bytes)
 
     def pack(self) -> bytes:
         """The first 4096 bytes of the file."""
@@ -101,6 +102,11 @@ def parse_header(head: bytes) -> Header:
     return Header(**json.loads(text))
 
 
+def stride_of(row_bytes: int) -> int:
+    """Bytes of a unit that holds a row."""
+    return -(-row_bytes // 16) * 16
+
+
 def prefix_units(rows: int, stride: int) -> int:
     """Units that a chunk's prefix and ids take."""
     return -(-(PREFIX.size + _ID_BYTES * rows) // stride)
@@ -109,6 +115,11 @@ def prefix_units(rows: int, stride: int) -> int:
 def chunk_units(rows: int, stride: int) -> int:
     """Units of a whole chunk."""
     return prefix_units(rows, stride) + rows
+
+
+def room_bytes(rows: int, stride: int) -> int:
+    """What to reserve for a segment of so many rows, in chunks of 32 or more."""
+    return HEADER_BYTES + chunk_units(rows, stride) * stride + rows // 32 * stride
 
 
 def seal_chunk(chunk: memoryview, rows: int) -> int:

@@ -3,68 +3,99 @@
 Letters: N samples of the data set, B of a batch, C classes, S segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pskd import files
 from pskd.errors import PskdError
 from pskd.order import Ids
-from pskd.store.encoding import ENCODINGS
+from pskd.store.encoding import Encoding
 from pskd.store.format import VERSION, Entry
-from pskd.store.segment import SegmentReader, explain
+from pskd.store.registry import create_encoding
+from pskd.store.segment import Bytes, SegmentReader, explain
 
 MANIFEST = "manifest.json"
+_PREADS = 8  # at a time, where rows are not read through the mapping
 
 
 class Generation:
     """The rows that a list of entries names. Segment names are relative to `directory`."""
 
-    def __init__(self, directory: Path, n: int, classes: int, entries: Sequence[Entry]) -> None:
-        """Open every segment and index its ids.
+    def __init__(
+        self,
+        directory: Path,
+        n: int,
+        classes: int,
+        entries: Sequence[Entry],
+        read: Literal["mmap", "pread"] = "mmap",
+    ) -> None:
+        """Open every segment and index its ids: 8 bytes a sample.
 
         Raises:
             PskdError: a segment is missing, damaged, or of another sample or class count.
         """
         self.n = n
         self.classes = classes
-        self._readers = [SegmentReader(directory / e.segment, e) for e in entries]
+        self.segments = [SegmentReader(directory / e.segment, e) for e in entries]
         self._segment_N = np.full(n, -1, np.int32)
-        self._unit_N = np.zeros(n, np.int64)
-        for index, reader in enumerate(self._readers):
-            _expect(reader, "number of samples", n, reader.header.n)
-            _expect(reader, "number of classes", classes, reader.header.classes)
-            ids, units = reader.ids_and_units()
-            if len(ids) and not (ids.min() >= 0 and ids.max() < n):
-                raise PskdError(f"prediction store: {reader.path}: ids outside 0..{n - 1}.")
-            self._segment_N[ids] = index  # the last of several rows with one id wins
-            self._unit_N[ids] = units
+        self._unit_N = np.zeros(n, np.int32)
+        for index, segment in enumerate(self.segments):
+            expect(segment, "number of samples", n, segment.header.n)
+            expect(segment, "number of classes", classes, segment.header.classes)
+            expect(segment, "encoding", self.segments[0].header.encoding, segment.header.encoding)
+            for ids_B, units_B in segment.ids_and_units():
+                if ids_B.min() < 0 or ids_B.max() >= n:
+                    raise PskdError(f"prediction store: {segment.path}: ids outside 0..{n - 1}.")
+                self._segment_N[ids_B] = index  # the last of several rows with one id wins
+                self._unit_N[ids_B] = units_B
+        self._encoding: Encoding | None = None
+        self.row_bytes = 0
+        if self.segments:
+            self._encoding = create_encoding(self.segments[0].header.encoding)
+            self.row_bytes = self.segments[0].header.row_bytes
+        self._readers = ThreadPoolExecutor(_PREADS) if read == "pread" else None
 
-    def present(self) -> Ids:
-        """Ids that have a row, ascending."""
-        return np.flatnonzero(self._segment_N >= 0)
+    @property
+    def present_N(self) -> npt.NDArray[np.bool_]:
+        """Whether each sample has a row: bool (N,)."""
+        return self._segment_N >= 0
 
-    def encoded_rows(self, ids_B: Ids) -> tuple[Tensor, Tensor]:
-        """Encoded rows uint8 (B, R), zeros where absent, and whether each is present, bool (B,)."""
-        row_bytes = self._readers[0].header.row_bytes if self._readers else 0
-        rows_BR = np.zeros((len(ids_B), row_bytes), np.uint8)
-        segment_B = self._segment_N[ids_B]
-        for index in np.unique(segment_B[segment_B >= 0]):
+    def gather(self, ids_B: Ids, out_BR: Bytes, present_B: npt.NDArray[np.bool_]) -> None:
+        """Encoded rows into uint8 (B, R), zeros where absent, and whether each is present."""
+        segment_B, unit_B = self._segment_N[ids_B], self._unit_N[ids_B]
+        np.greater_equal(segment_B, 0, out=present_B)
+        if not present_B.all():
+            out_BR[~present_B] = 0
+        indices = np.unique(segment_B[present_B])
+        if len(indices) == 1 and present_B.all():
+            self._fetch(self.segments[indices[0]], unit_B, out_BR)
+            return
+        for index in indices:
             where = np.flatnonzero(segment_B == index)
-            units_BS = self._readers[index].units_US.take(self._unit_N[ids_B[where]], axis=0)
-            rows_BR[where] = units_BS[:, :row_bytes]
-        return torch.from_numpy(rows_BR), torch.from_numpy(segment_B >= 0)
+            rows_BR = np.empty((len(where), self.row_bytes), np.uint8)
+            self._fetch(self.segments[index], unit_B[where], rows_BR)
+            out_BR[where] = rows_BR
+
+    def decode(self, rows_BR: Tensor, present_B: Tensor) -> Tensor:
+        """Float32 (B, C) from encoded rows, on their device; zeros where absent."""
+        if self._encoding is None:
+            return torch.zeros(len(rows_BR), self.classes, device=rows_BR.device)
+        rows_BC = self._encoding.decode(rows_BR, self.classes)
+        return torch.where(present_B[:, None], rows_BC, 0.0)
 
     def rows(self, ids_B: Ids) -> tuple[Tensor, Tensor]:
         """Decoded rows float32 (B, C), zeros where absent, and present_B bool."""
-        if not self._readers or not len(ids_B):
-            return torch.zeros(len(ids_B), self.classes), torch.zeros(len(ids_B), dtype=torch.bool)
-        bytes_BR, present_B = self.encoded_rows(ids_B)
-        rows_BC = ENCODINGS[self._readers[0].header.encoding].decode(bytes_BR, self.classes)
-        return torch.where(present_B[:, None], rows_BC, torch.zeros(())), present_B
+        rows_BR = torch.empty(len(ids_B), self.row_bytes, dtype=torch.uint8)
+        present_B = torch.empty(len(ids_B), dtype=torch.bool)
+        self.gather(ids_B, rows_BR.numpy(), present_B.numpy())
+        return self.decode(rows_BR, present_B), present_B
 
     def __getitem__(self, ids: Ids | Sequence[int]) -> Tensor:
         """Rows of `ids`: float32 (len(ids), C).
@@ -84,20 +115,32 @@ class Generation:
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Check the crc of every row in each `parts`-th segment, starting with segment `part`."""
-        for reader in self._readers[part::parts]:
-            reader.verify()
+        for segment in self.segments[part::parts]:
+            segment.verify()
 
-    def check_written_for(self, identity: str, encoding: str) -> None:
-        """Raise a PskdError if a segment is of another data set or encoding."""
-        for reader in self._readers:
-            _expect(reader, "data set", identity, reader.header.identity)
-            _expect(reader, "encoding", encoding, reader.header.encoding)
+    def warm_up(self, limit_bytes: int, part: int, parts: int, stop: Callable[[], bool]) -> None:
+        """Read up to `limit_bytes` into the page cache, segments front to back.
+
+        Of `parts` processes on a node, each reads its share; `stop` is asked now and then.
+        """
+        budget = limit_bytes // parts
+        for segment in self.segments[part::parts]:
+            budget -= segment.warm_up(budget, stop)
+
+    def _fetch(self, segment: SegmentReader, units_B: npt.NDArray[np.int32], out_BR: Bytes) -> None:
+        if self._readers is None:
+            segment.gather(units_B, out_BR)
+            return
+        parts = zip(np.array_split(units_B, _PREADS), np.array_split(out_BR, _PREADS), strict=True)
+        for done in [self._readers.submit(segment.read, u, o) for u, o in parts]:
+            done.result()
 
 
-def _expect(reader: SegmentReader, name: str, want: object, have: object) -> None:
+def expect(segment: SegmentReader, name: str, want: object, have: object) -> None:
+    """Raise a PskdError that names the segment and both values unless they are equal."""
     if want != have:
         raise PskdError(
-            f"prediction store: {reader.path} was written for {name} {have}, not {want}. "
+            f"prediction store: {segment.path} was written for {name} {have}, not {want}. "
             "Use the run directory that it belongs to, or start a new run."
         )
 

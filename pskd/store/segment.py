@@ -1,16 +1,20 @@
 """One segment file: append as its only writer, read as one of many. Format: `format.py`.
 
-Letters: B rows of a step, R bytes of an encoded row.
+Letters: B rows of a step, R bytes of an encoded row, U units of a segment, S bytes of a unit.
 """
 
 import errno
 import mmap
 import os
+import time
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from pskd.errors import PskdError
 from pskd.files import sync_directory
@@ -19,6 +23,36 @@ from pskd.store import format as fmt
 from pskd.store.format import Entry, Header
 
 Bytes = npt.NDArray[np.uint8]
+
+
+class Chunk:
+    """A reusable buffer in which chunks of up to `capacity` rows are put together."""
+
+    def __init__(self, row_bytes: int, capacity: int, *, pinned: bool = False) -> None:
+        self.capacity = capacity
+        self._row_bytes = row_bytes
+        self._stride = fmt.stride_of(row_bytes)
+        size = fmt.chunk_units(capacity, self._stride) * self._stride
+        self._bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
+
+    def rows_BR(self, rows: int) -> Tensor:
+        """Where the encoded rows of the next chunk go: uint8 (B, R)."""
+        return self._units(rows)[fmt.prefix_units(rows, self._stride) :, : self._row_bytes]
+
+    def seal(self, ids_B: Ids) -> tuple[memoryview, int]:
+        """The bytes of a chunk whose rows are in place, and its crc."""
+        rows = len(ids_B)
+        units = self._units(rows).numpy()
+        units[:, self._row_bytes :] = 0  # a larger chunk may have been here before
+        flat = units.reshape(-1)
+        ids_end = fmt.PREFIX.size + 8 * rows
+        flat[fmt.PREFIX.size : ids_end] = ids_B.astype("<i8").view(np.uint8)
+        flat[ids_end : fmt.prefix_units(rows, self._stride) * self._stride] = 0
+        return flat.data, fmt.seal_chunk(flat.data, rows)
+
+    def _units(self, rows: int) -> Tensor:
+        size = fmt.chunk_units(rows, self._stride) * self._stride
+        return self._bytes[:size].view(-1, self._stride)
 
 
 class SegmentWriter:
@@ -31,20 +65,16 @@ class SegmentWriter:
             PskdError: the disk has no room, or the directory cannot be written.
         """
         self._path = path
-        self._stride = header.stride
         self._row_bytes = header.row_bytes
-        self._end = fmt.HEADER_BYTES
         self._name = name
+        self._end = fmt.HEADER_BYTES
         self._rows = 0
         self._crc = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
             try:
-                room = (
-                    fmt.HEADER_BYTES + fmt.chunk_units(expected_rows, self._stride) * self._stride
-                )
-                os.posix_fallocate(self._file, 0, room)
+                os.posix_fallocate(self._file, 0, fmt.room_bytes(expected_rows, header.stride))
                 self._write(header.pack(), 0)
                 sync_directory(path.parent)
                 sync_directory(path.parent.parent)
@@ -61,27 +91,36 @@ class SegmentWriter:
         """What has been appended so far."""
         return Entry(self._name, self._rows, self._crc)
 
+    @property
+    def end(self) -> int:
+        """Bytes of the file that count."""
+        return self._end
+
     def append(self, ids_B: Ids, bytes_BR: Bytes) -> None:
-        """Append one chunk.
+        """Append encoded rows, uint8 (B, R), as one chunk.
+
+        Raises:
+            PskdError: as `append_chunk`.
+        """
+        chunk = Chunk(self._row_bytes, len(ids_B))
+        chunk.rows_BR(len(ids_B)).copy_(torch.from_numpy(bytes_BR))
+        self.append_chunk(ids_B, chunk)
+
+    def append_chunk(self, ids_B: Ids, chunk: Chunk) -> None:
+        """Append a chunk whose rows are in place.
 
         Raises:
             PskdError: the disk is full or failed; what was appended before stays readable.
         """
-        rows = len(ids_B)
-        if rows == 0:
+        if not len(ids_B):
             return
-        head = fmt.prefix_units(rows, self._stride)
-        chunk = np.zeros((head + rows, self._stride), np.uint8)
-        flat = chunk.reshape(-1)
-        flat[fmt.PREFIX.size : fmt.PREFIX.size + 8 * rows] = ids_B.astype("<i8").view(np.uint8)
-        chunk[head:, : self._row_bytes] = bytes_BR
-        crc = fmt.seal_chunk(flat.data, rows)
+        content, crc = chunk.seal(ids_B)
         try:
-            self._write(flat.data, self._end)
+            self._write(content, self._end)
         except OSError as error:
             raise explain(error, self._path) from error
-        self._end += chunk.nbytes
-        self._rows += rows
+        self._end += len(content)
+        self._rows += len(ids_B)
         self._crc = fmt.chain(self._crc, crc)
 
     def sync(self) -> None:
@@ -120,32 +159,76 @@ class SegmentReader:
         """
         self.path = path
         try:
-            with path.open("rb") as file:
-                self.header = fmt.parse_header(file.read(fmt.HEADER_BYTES))
-                # Its owner may trim the room that it did not use at any time, but no named row.
-                self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-                # Checked before any access: touching a page beyond the end is a SIGBUS.
-                self._chunks = self._scan(file.fileno(), entry, len(self._map))
+            self._file = path.open("rb", buffering=0)
+            self.header = fmt.parse_header(self._file.read(fmt.HEADER_BYTES))
+            # Its owner may trim the room that it did not use at any time, but no named row.
+            self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
+            # Checked before any access: touching a page beyond the end is a SIGBUS.
+            self._chunks = self._scan(entry, len(self._map))
         except OSError as error:
             raise PskdError(f"prediction store: {path}: {error.strerror}. {_REMEDY}") from error
         except fmt.FormatError as error:
             raise PskdError(f"prediction store: {path}: {error}. {_REMEDY}") from error
+        # Small reads in random order: without it each would read megabytes around its place.
         self._map.madvise(mmap.MADV_RANDOM)
-        stride = self.header.stride
-        units = (len(self._map) - fmt.HEADER_BYTES) // stride
-        body = np.frombuffer(self._map, np.uint8, units * stride, fmt.HEADER_BYTES)
-        self.units_US: Bytes = body.reshape(units, stride)
+        self._stride = self.header.stride
+        units = (len(self._map) - fmt.HEADER_BYTES) // self._stride
+        body = np.frombuffer(self._map, np.uint8, units * self._stride, fmt.HEADER_BYTES)
+        self._units_US: Bytes = body.reshape(units, self._stride)
+        self._cold = True
 
-    def ids_and_units(self) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Sample ids in the order of rows, and the unit in which each row lies: int64 (rows,)."""
-        ids, units = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        flat = self.units_US.reshape(-1)
+    @property
+    def end(self) -> int:
+        """Bytes of the file that the entry names."""
+        if not self._chunks:
+            return fmt.HEADER_BYTES
+        unit, rows, _ = self._chunks[-1]
+        return fmt.HEADER_BYTES + (unit + fmt.chunk_units(rows, self._stride)) * self._stride
+
+    def ids_and_units(self) -> Iterator[tuple[Ids, npt.NDArray[np.int32]]]:
+        """Chunk by chunk: sample ids int64 (B,), and the unit in which each row lies, int32."""
+        flat = self._units_US.reshape(-1)
         for first_unit, rows, _ in self._chunks:
-            start = first_unit * self.header.stride + fmt.PREFIX.size
-            ids.append(flat[start : start + 8 * rows].view("<i8").astype(np.int64))
-            row_unit = first_unit + fmt.prefix_units(rows, self.header.stride)
-            units.append(np.arange(row_unit, row_unit + rows))
-        return np.concatenate(ids), np.concatenate(units)
+            start = first_unit * self._stride + fmt.PREFIX.size
+            ids_B = flat[start : start + 8 * rows].view("<i8").astype(np.int64, copy=False)
+            row_unit = first_unit + fmt.prefix_units(rows, self._stride)
+            yield ids_B, np.arange(row_unit, row_unit + rows, dtype=np.int32)
+
+    def gather(self, units_B: npt.NDArray[np.int32], out_BR: Bytes) -> None:
+        """Rows of some units, through the mapping."""
+        started = time.monotonic()
+        if self._cold:
+            # The kernel fetches all rows at once, instead of one after the other at each fault.
+            self._announce(units_B)
+        if out_BR.shape[1] == self._stride:
+            self._units_US.take(units_B, axis=0, out=out_BR, mode="clip")  # "raise" would buffer
+        else:
+            out_BR[:] = self._units_US.take(units_B, axis=0)[:, : out_BR.shape[1]]
+        self._cold = time.monotonic() - started > _WARM_S_PER_ROW * len(units_B)
+
+    def read(self, units_B: npt.NDArray[np.int32], out_BR: Bytes) -> None:
+        """Rows of some units, one system call each: for file systems that map badly.
+
+        Raises:
+            PskdError: the file cannot be read.
+        """
+        try:
+            for unit, row_R in zip(units_B.tolist(), out_BR, strict=True):
+                os.preadv(self._file.fileno(), [row_R], fmt.HEADER_BYTES + unit * self._stride)
+        except OSError as error:
+            raise PskdError(
+                f"prediction store: {self.path}: {error.strerror}. {_REMEDY}"
+            ) from error
+
+    def warm_up(self, limit_bytes: int, stop: Callable[[], bool]) -> int:
+        """Read from front to back, into the page cache, until told to stop; returns the bytes."""
+        block = memoryview(bytearray(_BLOCK_BYTES))
+        end = min(self.end, limit_bytes)
+        for start in range(0, end, _BLOCK_BYTES):
+            if stop():
+                break
+            os.preadv(self._file.fileno(), [block], start)
+        return end
 
     def verify(self) -> None:
         """Compare every chunk with its crc.
@@ -155,8 +238,8 @@ class SegmentReader:
         """
         row = 0
         for first_unit, rows, crc in self._chunks:
-            last = first_unit + fmt.chunk_units(rows, self.header.stride)
-            chunk = self.units_US[first_unit:last].reshape(-1).data
+            last = first_unit + fmt.chunk_units(rows, self._stride)
+            chunk = self._units_US[first_unit:last].reshape(-1).data
             if zlib.crc32(chunk[fmt.CRC_FROM :]) != crc:
                 raise PskdError(
                     f"prediction store: {self.path}: rows {row} to {row + rows - 1} are damaged "
@@ -164,13 +247,14 @@ class SegmentReader:
                 )
             row += rows
 
-    def _scan(self, file: int, entry: Entry, size: int) -> list[tuple[int, int, int]]:
+    def _scan(self, entry: Entry, size: int) -> list[tuple[int, int, int]]:
         """(first unit, rows, crc) of each chunk that the entry names."""
         stride = self.header.stride
         chunks: list[tuple[int, int, int]] = []
         unit = rows = crc = 0
         while rows < entry.rows:
-            prefix = os.pread(file, fmt.PREFIX.size, fmt.HEADER_BYTES + unit * stride)
+            start = fmt.HEADER_BYTES + unit * stride
+            prefix = os.pread(self._file.fileno(), fmt.PREFIX.size, start)
             n, chunk_crc = fmt.parse_prefix(prefix)
             chunks.append((unit, n, chunk_crc))
             unit += fmt.chunk_units(n, stride)
@@ -182,7 +266,14 @@ class SegmentReader:
             raise fmt.FormatError("the chunks are not those that the checkpoint names")
         return chunks
 
+    def _announce(self, units_B: npt.NDArray[np.int32]) -> None:
+        for start in (fmt.HEADER_BYTES + units_B.astype(np.int64) * self._stride).tolist():
+            page = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, start + self._stride - page)
 
+
+_WARM_S_PER_ROW = 4e-6  # a row of 2 kB comes from memory in 0.4 us, from a disk in 50 us or more
+_BLOCK_BYTES = 1 << 23
 _REMEDY = "Resume from an older checkpoint (see DIR/checkpoints), or start a new run."
 
 

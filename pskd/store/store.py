@@ -3,11 +3,13 @@
 Letters: N samples, B of a batch, C classes.
 """
 
+import os
 import shutil
+import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,28 +17,29 @@ from torch import Tensor
 
 from pskd.errors import PskdError
 from pskd.order import Ids, partition
-from pskd.store.encoding import ENCODINGS
+from pskd.store.appender import Appender
 from pskd.store.format import Entry, Header
-from pskd.store.generation import Generation, generation_name, write_manifest
-from pskd.store.segment import SegmentWriter
+from pskd.store.generation import MANIFEST, Generation, expect, generation_name, write_manifest
+from pskd.store.lookahead import Lookahead
+from pskd.store.peers import Peers
+from pskd.store.registry import create_encoding
+from pskd.store.segment import SegmentReader, SegmentWriter, explain
+from pskd.store.waits import Waits
+
+_CARRIED_ROWS = 4096  # carried forward at a time
 
 
-class Peers(Protocol):
-    """The other processes that write this store."""
+@dataclass(frozen=True)
+class StoreOptions:
+    """How rows are kept and read.
 
-    @property
-    def rank(self) -> int:
-        """Of this process, 0-based."""
-        ...
+    encoding: see `registry.py`. read: through a mapping, or one system call a row.
+    readahead_bytes: of a generation, read from front to back as its epoch begins; 0: none.
+    """
 
-    @property
-    def size(self) -> int:
-        """How many processes write."""
-        ...
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank; returns when all have called it."""
-        ...
+    encoding: str = "float16"
+    read: Literal["mmap", "pread"] = "mmap"
+    readahead_bytes: int = 0
 
 
 class Store:
@@ -52,26 +55,40 @@ class Store:
         *,
         n: int,
         classes: int,
-        encoding: str,
         identity: str,
+        run: str,
         start: int,
         peers: Peers,
+        options: StoreOptions,
+        device: torch.device,
     ) -> None:
-        """`start`: a number that no earlier start of this run has used; names new segments."""
+        """Identity: fingerprint of the data set. run: name of the run, `start`: a number that no
+        earlier start of it has used; both go into new segments. device: where rows are wanted.
+
+        Raises:
+            PskdError: an encoding that is unknown, or makes no sense for so many classes.
+        """
         self._directory = directory
         self._n, self._classes = n, classes
-        self._encoding = ENCODINGS[encoding]
+        self._encoding = create_encoding(options.encoding)
+        self._row_bytes = self._encoding.row_bytes(classes)
+        self._options = options
         self._identity = identity
+        self._run = run
+        self._runs = {run}  # whose segments are ours: this run's, and those that it began from
         self._start = start
         self._peers = peers
         self._epoch = 0
         self._finished: list[Entry] = []
         self._inherited: list[Entry] = []  # of the growing generation, from earlier starts
         self._growing: list[Entry] = []  # as of the last commit
+        self._spread: dict[str, int] = {}  # bytes of its segments that are on every node
         self._writer: SegmentWriter | None = None
         self._readable: Generation | None = None
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="store-read")
-        self._ahead: tuple[Ids, Future[tuple[Tensor, Tensor]]] | None = None
+        self._appender = Appender(self._encoding, classes)
+        self._lookahead = Lookahead(device)
+        self._closing = threading.Event()
+        self._warming: threading.Thread | None = None
 
     def begin_epoch(self, epoch: int) -> None:
         """Make generation epoch - 1 readable and start generation `epoch`.
@@ -87,43 +104,52 @@ class Store:
             self._finish_epoch()
         if self._readable is None:
             self._readable = self._open(self._finished)
+            self._warm_up(self._readable)
 
     def prefetch(self, ids_B: Ids) -> None:
         """Start reading the rows that the next call of `past` will ask for."""
         assert self._readable is not None, "begin_epoch comes first"
-        self._ahead = (ids_B, self._reading.submit(self._readable.rows, ids_B))
+        self._lookahead.start(self._readable, ids_B)
 
     def past(self, ids_B: Ids) -> tuple[Tensor, Tensor]:
-        """Last epoch's rows: float32 (B, C) on the host, zeros if absent, and present_B bool."""
-        if self._ahead is None or not np.array_equal(self._ahead[0], ids_B):
-            self.prefetch(ids_B)
-        assert self._ahead is not None
-        rows, self._ahead = self._ahead[1], None
-        return rows.result()
+        """Last epoch's rows: float32 (B, C), zeros if absent, and present_B bool, on the device."""
+        assert self._readable is not None, "begin_epoch comes first"
+        return self._lookahead.take(self._readable, ids_B)
 
     def remember(self, ids_B: Ids, probs_BC: Tensor) -> None:
         """Append this epoch's predictions of one step: float32 (B, C), any device.
 
+        Returns before they are on the disk.
+
         Raises:
-            PskdError: a value is not finite (names the samples), or the disk is full.
+            PskdError: an earlier step's rows are not finite or no probabilities (names the
+                samples), or the disk is full.
         """
-        probs_BC = probs_BC.cpu()
-        finite_B = torch.isfinite(probs_BC).all(dim=1)
-        if not bool(finite_B.all()):
-            bad = ids_B[~finite_B.numpy()].tolist()
-            raise PskdError(
-                f"non-finite predictions of samples {bad} in epoch {self._epoch}: not stored. "
-                "Lower optimizer.lr or set optimizer.clip_norm."
-            )
-        self._append(ids_B, self._encoding.encode(probs_BC))
+        if len(ids_B):
+            self._appender.append(self._segment(), self._epoch, ids_B, probs_BC)
+
+    def waits(self) -> dict[str, Waits]:
+        """How often and how long training has waited for reads and writes since the last call."""
+        taken = {"read": self._lookahead.waits, "write": self._appender.waits}
+        self._lookahead.waits, self._appender.waits = Waits(), Waits()
+        return taken
 
     def commit(self) -> None:
-        """Make what was remembered durable and known to all ranks; `state` names it then."""
-        if self._writer is not None:
+        """Make what was remembered durable and known to all ranks; `state_dict` names it then.
+
+        Raises:
+            PskdError: as `remember`; or segments cannot be brought to the other nodes.
+        """
+        self._appender.flush()
+        mine: list[tuple[Entry, int]] = []
+        if self._writer is not None and self._writer.entry.rows:
             self._writer.sync()
-        mine = [] if self._writer is None else [self._writer.entry]
-        current = [Entry(*e) for rank in self._peers.gather(mine) for e in rank]
-        self._growing = self._inherited + [e for e in current if e.rows]
+            mine = [(self._writer.entry, self._writer.end)]
+        current = [(Entry(*e), end) for rank in self._peers.gather(mine) for e, end in rank]
+        # What the other nodes have received so far, and what this rank has written since.
+        self._peers.spread(self._directory, {**self._spread, **{e.segment: n for e, n in mine}})
+        self._spread = {entry.segment: end for entry, end in current}
+        self._growing = self._inherited + [entry for entry, _ in current]
 
     def state_dict(self) -> dict[str, Any]:
         """Names the finished and the growing generation as of the last commit."""
@@ -131,25 +157,70 @@ class Store:
             "epoch": self._epoch,
             "finished": [list(e) for e in self._finished],
             "growing": [list(e) for e in self._growing],
+            "runs": sorted(self._runs),
         }
+
+    def receive(self, state: dict[str, Any]) -> None:
+        """Get the segments that a checkpoint names and this node's directory lacks, or has damaged.
+
+        Raises:
+            PskdError: a segment cannot be written.
+        """
+        mine, ours = self._share()
+        if ours < self._peers.size:
+            named = sorted({Entry(*e) for e in (*state["finished"], *state["growing"])})
+            self._peers.spread(self._directory, self._intact(named[mine::ours]))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what a checkpoint names; every named row is verified, shared over ranks.
+
+        Not collective.
 
         Raises:
             PskdError: missing, damaged or foreign segments.
         """
         self._epoch = state["epoch"]
+        self._runs |= set(state["runs"])
         self._finished = [Entry(*e) for e in state["finished"]]
         self._inherited = [Entry(*e) for e in state["growing"]]
         self._growing = list(self._inherited)
         for entries in (self._finished, self._growing):
-            self._open(entries).verify(self._peers.rank, self._peers.size)
+            self._open(entries).verify(*self._share())
+        manifest = self._directory / generation_name(self._epoch - 1) / MANIFEST
+        if self._finished and self._share()[0] == 0 and not manifest.exists():
+            # Its segments were brought here from another run or node.
+            write_manifest(
+                self._directory, self._epoch - 1, self._n, self._classes, self._finished
+            )
+
+    def adopt(self, source: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Take over the segments that a checkpoint of another run names; returns its state here.
+
+        Called by one rank of a directory. Links where the file system can, copies otherwise.
+
+        Raises:
+            PskdError: a segment is missing, or there is no room.
+        """
+        adopted = dict(state)
+        number = 0
+        for part in ("finished", "growing"):
+            adopted[part] = []
+            for segment, rows, crc in state[part]:
+                # A name of its own: the two runs number their starts alike.
+                name = f"{Path(segment).parent}/seg-adopted-{number:05d}.psk"
+                number += 1
+                _link_or_copy(source / segment, self._directory / name)
+                adopted[part].append([name, rows, crc])
+        return adopted
+
+    def empty_state(self, epoch: int) -> dict[str, Any]:
+        """The state of a store that has seen nothing when `epoch` begins."""
+        return {"epoch": epoch, "finished": [], "growing": [], "runs": [self._run]}
 
     def retain(self, states: Iterable[dict[str, Any]]) -> None:
         """Delete the segments that neither a retained checkpoint's state nor this run names.
 
-        Called by rank 0 alone. Segments of this start in the growing generation stay.
+        Called by one rank of a directory. Segments of this start in the growing generation stay.
         """
         named = {e[0] for s in states for e in (*s["finished"], *s["growing"])}
         named |= {e.segment for e in (*self._finished, *self._growing)}
@@ -165,54 +236,122 @@ class Store:
                 shutil.rmtree(generation)
 
     def close(self) -> None:
-        """Stop the reading thread; give back the room that the growing segment reserved."""
-        self._reading.shutdown(wait=True, cancel_futures=True)
+        """Stop the threads; give back the room that the growing segment reserved."""
+        self._closing.set()
+        self._lookahead.close()
+        self._appender.close()
+        if self._warming is not None:
+            self._warming.join()
         if self._writer is not None:
             self._writer.close()
+
+    def _share(self) -> tuple[int, int]:
+        """This rank's part of the work on its directory, and how many parts there are."""
+        colleagues = self._peers.colleagues
+        return colleagues.index(self._peers.rank), len(colleagues)
 
     def _finish_epoch(self) -> None:
         self.commit()
         growing = self._open(self._growing)
         self._readable = self._readable or self._open(self._finished)
-        skipped = np.setdiff1d(self._readable.present(), growing.present())
+        skipped = np.flatnonzero(self._readable.present_N & ~growing.present_N)
         if len(skipped):
             low, high = partition(len(skipped), self._peers.size)[self._peers.rank :][:2]
-            mine = skipped[low:high]
-            if len(mine):
-                self._append(mine, self._readable.encoded_rows(mine)[0])
+            for first in range(low, high, _CARRIED_ROWS):
+                self._carry_forward(
+                    self._readable, skipped[first : min(first + _CARRIED_ROWS, high)]
+                )
             self.commit()
             growing = self._open(self._growing)
         if self._writer is not None:
             self._writer.close()
-        if self._peers.rank == 0:
+        if self._share()[0] == 0:
             write_manifest(self._directory, self._epoch, self._n, self._classes, self._growing)
         self._epoch += 1
         self._finished, self._growing, self._inherited = self._growing, [], []
-        self._readable, self._writer, self._ahead = growing, None, None
+        self._spread = {}
+        self._readable, self._writer = growing, None
+        self._warm_up(growing)
 
-    def _append(self, ids_B: Ids, bytes_BR: Tensor) -> None:
+    def _carry_forward(self, older: Generation, ids_B: Ids) -> None:
+        rows_BR = np.empty((len(ids_B), self._row_bytes), np.uint8)
+        older.gather(ids_B, rows_BR, np.empty(len(ids_B), np.bool_))
+        self._segment().append(ids_B, rows_BR)
+
+    def _warm_up(self, generation: Generation) -> None:
+        if self._options.readahead_bytes and generation.segments:
+            self._warming = threading.Thread(
+                target=generation.warm_up,
+                args=(
+                    self._options.readahead_bytes,
+                    self._peers.local_rank,
+                    self._peers.local_size,
+                    self._closing.is_set,
+                ),
+                name="store-readahead",
+            )
+            self._warming.start()
+
+    def _segment(self) -> SegmentWriter:
+        """This start's segment of the growing generation."""
         if self._writer is None:
-            self._writer = self._new_segment()
-        self._writer.append(ids_B, bytes_BR.numpy())
+            rank, size = self._peers.rank, self._peers.size
+            name = f"seg-{self._start:06d}-{rank:05d}-of-{size:05d}.psk"
+            name = f"{generation_name(self._epoch)}/{name}"
+            header = Header(
+                run=self._run,
+                identity=self._identity,
+                epoch=self._epoch,
+                start=self._start,
+                rank=rank,
+                world=size,
+                n=self._n,
+                classes=self._classes,
+                encoding=self._encoding.name,
+                row_bytes=self._row_bytes,
+            )
+            missing = max(self._n - sum(entry.rows for entry in self._inherited), 0)
+            self._writer = SegmentWriter(self._directory / name, header, -(-missing // size), name)
+        return self._writer
 
-    def _new_segment(self) -> SegmentWriter:
-        rank, size = self._peers.rank, self._peers.size
-        name = f"{generation_name(self._epoch)}/seg-{self._start:06d}-{rank:05d}-of-{size:05d}.psk"
-        header = Header(
-            identity=self._identity,
-            epoch=self._epoch,
-            start=self._start,
-            rank=rank,
-            world=size,
-            n=self._n,
-            classes=self._classes,
-            encoding=self._encoding.name,
-            row_bytes=self._encoding.row_bytes(self._classes),
-        )
-        missing = self._n - sum(entry.rows for entry in self._inherited)
-        return SegmentWriter(self._directory / name, header, -(-max(missing, 0) // size), name)
+    def _intact(self, entries: list[Entry]) -> dict[str, int]:
+        """Bytes of those segments that are whole here; another node has to send the others."""
+        whole = {}
+        for entry in entries:
+            try:
+                segment = SegmentReader(self._directory / entry.segment, entry)
+                segment.verify()
+            except PskdError:
+                continue
+            whole[entry.segment] = segment.end
+        return whole
 
     def _open(self, entries: list[Entry]) -> Generation:
-        generation = Generation(self._directory, self._n, self._classes, entries)
-        generation.check_written_for(self._identity, self._encoding.name)
+        generation = Generation(
+            self._directory, self._n, self._classes, entries, self._options.read
+        )
+        for segment in generation.segments:
+            header = segment.header
+            expect(segment, "data set", self._identity, header.identity)
+            expect(segment, "encoding", self._encoding.name, header.encoding)
+            ours = header.run in self._runs
+            expect(segment, "run", header.run if ours else self._run, header.run)
         return generation
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, target)
+            with target.open("rb") as file:
+                os.fsync(file.fileno())
+    except FileNotFoundError as error:
+        raise PskdError(
+            f"prediction store: {source} is missing. Resume another checkpoint."
+        ) from error
+    except OSError as error:
+        raise explain(error, target) from error

@@ -1,0 +1,43 @@
+"""Checkpoints on nodes that share no run directory: each keeps those of rank 0."""
+
+from pskd.checkpoint import Checkpoints, Position
+from pskd.sites import Sites
+
+
+def send(checkpoints: Checkpoints, position: Position, source: int, sites: Sites) -> None:
+    """Collective: give every site the checkpoint that rank `source` has; it becomes the latest.
+
+    Raises:
+        AgreedError: it cannot be read or written somewhere; what was there before is untouched.
+    """
+    if not sites.separate:
+        return
+    directory, files = checkpoints.directory / position.name, {}
+    receives = sites.leads and sites.rank != source
+    with sites.together():
+        if receives:
+            directory = checkpoints.open_aside(position, create=True)
+        elif sites.leads:
+            files = {path.name: path.stat().st_size for path in directory.iterdir()}
+    sites.spread(directory, files)
+    with sites.together():
+        if receives:
+            checkpoints.install(position)
+
+
+def catch_up(checkpoints: Checkpoints, sites: Sites) -> None:
+    """Collective: every site gets the newest checkpoint, should its own be lost or older.
+
+    Raises:
+        AgreedError: as `send`.
+    """
+    if not sites.separate:
+        return
+    with sites.together():
+        mine = (checkpoints.serial(), checkpoints.latest()) if sites.leads else (-1, None)
+    found = sites.gather(mine)
+    newest = max(serial for serial, _ in found)
+    if newest < 0 or all(found[leader] == found[0] for leader in sites.leaders):
+        return
+    source = next(rank for rank, (serial, _) in enumerate(found) if serial == newest)
+    send(checkpoints, Position.of(found[source][1]), source, sites)
