@@ -115,6 +115,10 @@ class Checkpoints:
             self._seal(path)
         return self._publish(position)
 
+    def store_states(self) -> dict[str, dict[str, Any]]:
+        """What each checkpoint names of the prediction store, by the checkpoint's name."""
+        return {name: m["store"] for name, m in self._manifests().items() if m["store"]}
+
     def serial(self) -> int:
         """Of the latest checkpoint; -1 if there is none."""
         manifest = self._manifests().get(self.latest() or "")

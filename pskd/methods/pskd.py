@@ -11,6 +11,8 @@ No temperature, no further cross-entropy term.
 Letters: B samples, C classes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,6 +44,41 @@ def soft_cross_entropy_per_sample(logits_BC: Tensor, targets_BC: Tensor) -> Tens
     return -(targets_BC * F.log_softmax(logits_BC, dim=1)).sum(dim=1)
 
 
+class RefinedCrossEntropy(torch.autograd.Function):
+    """The loss above and the softmax, in as few passes over (B, C) as they need.
+
+    With t = (1 - w) onehot(y) + w p and S = sum_k t_k:
+    loss = S logsumexp(z) - (1 - w) z_y - w p.z and d loss / d z = S softmax(z) - t. No target row
+    and no one-hot row is ever made; `soft_targets` and `soft_cross_entropy` state the same.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_BC: Tensor, labels_B: Tensor, past_BC: Tensor, weight_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(loss_B in nats, softmax_BC without gradient). weight_B: of past rows; 0 if absent."""
+        probs_BC = logits_BC.softmax(dim=1)
+        logsumexp_B = logits_BC.amax(dim=1) - probs_BC.amax(dim=1).log()
+        total_B = 1 - weight_B + weight_B * past_BC.sum(dim=1)
+        hard_B = logits_BC.gather(1, labels_B[:, None])[:, 0] * (1 - weight_B)
+        soft_B = torch.linalg.vecdot(past_BC, logits_BC) * weight_B
+        ctx.save_for_backward(probs_BC, labels_B, past_BC, weight_B, total_B)
+        ctx.mark_non_differentiable(probs_BC)
+        return total_B * logsumexp_B - hard_B - soft_B, probs_BC
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_B: Tensor, grad_of_probs: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        """With respect to the logits."""
+        del grad_of_probs
+        probs_BC, labels_B, past_BC, weight_B, total_B = ctx.saved_tensors
+        grad_BC = probs_BC * (grad_B * total_B)[:, None]
+        grad_BC.addcmul_(past_BC, (-grad_B * weight_B)[:, None])
+        hard_B = grad_B * (weight_B - 1)
+        return grad_BC.scatter_add_(1, labels_B[:, None], hard_B[:, None]), None, None, None
+
+
 class PSKD:
     """The loss above; remembers the float32 softmax of the forward pass."""
 
@@ -60,8 +97,9 @@ class PSKD:
         """Soft cross-entropy of each sample against its refined target."""
         assert past is not None, "PS-KD needs the store"
         logits_BC = forward(batch.images_BCHW).float()
-        onehot_BC = F.one_hot(batch.labels_B, logits_BC.shape[1]).float()
-        past_BC = torch.where(past.present_B[:, None], past.rows_BC, onehot_BC)
-        targets_BC = soft_targets(batch.labels_B, past_BC, self._alpha)
-        loss_B = soft_cross_entropy_per_sample(logits_BC, targets_BC)
-        return Output(loss_B, remember_BC=logits_BC.detach().softmax(dim=1))
+        # Without a past prediction the target is one-hot, whatever alpha is.
+        weight_B = past.present_B * self._alpha
+        loss_B, probs_BC = RefinedCrossEntropy.apply(
+            logits_BC, batch.labels_B, past.rows_BC, weight_B
+        )
+        return Output(loss_B, remember_BC=probs_BC)

@@ -54,9 +54,14 @@ class Appender:
                 probabilities (names the samples). Nothing was written after it.
         """
         slot = self._free_slot(len(ids_B), probs_BC.device)
-        slot.chunk.rows_BR(len(ids_B)).copy_(self._encoding.encode(probs_BC), non_blocking=True)
+        rows_BR = slot.chunk.rows_BR(len(ids_B))
         slot.sums_B[: len(ids_B)].copy_(probs_BC.sum(dim=1), non_blocking=True)
-        if slot.copied is not None:
+        if slot.copied is None:
+            self._encoding.encode(probs_BC, rows_BR)
+        else:
+            encoded_BR = torch.empty_like(rows_BR, device=probs_BC.device)
+            self._encoding.encode(probs_BC, encoded_BR)
+            rows_BR.copy_(encoded_BR, non_blocking=True)
             slot.copied.record()
         slot.written = self._thread.submit(self._write, slot, segment, epoch, ids_B)
 

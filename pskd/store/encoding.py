@@ -30,8 +30,8 @@ class Encoding(Protocol):
         """
         ...
 
-    def encode(self, probs_BC: Tensor) -> Tensor:
-        """float32 (B, C) -> uint8 (B, R), on the same device."""
+    def encode(self, probs_BC: Tensor, out_BR: Tensor) -> None:
+        """float32 (B, C) into uint8 (B, R), rows contiguous, on the same device."""
         ...
 
     def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
@@ -49,9 +49,9 @@ class Float32:
         """Four bytes a class."""
         return 4 * classes
 
-    def encode(self, probs_BC: Tensor) -> Tensor:
+    def encode(self, probs_BC: Tensor, out_BR: Tensor) -> None:
         """The bits as they are."""
-        return probs_BC.float().contiguous().view(torch.uint8)
+        out_BR.view(torch.float32).copy_(probs_BC)
 
     def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
         """The bits as they were."""
@@ -68,9 +68,9 @@ class Float16:
         """Two bytes a class."""
         return 2 * classes
 
-    def encode(self, probs_BC: Tensor) -> Tensor:
+    def encode(self, probs_BC: Tensor, out_BR: Tensor) -> None:
         """Round to nearest."""
-        return probs_BC.half().contiguous().view(torch.uint8)
+        out_BR.view(torch.float16).copy_(probs_BC)
 
     def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
         """Widen and renormalise."""
@@ -93,11 +93,11 @@ class Uint8Log:
         """One byte a class."""
         return classes
 
-    def encode(self, probs_BC: Tensor) -> Tensor:
+    def encode(self, probs_BC: Tensor, out_BR: Tensor) -> None:
         """255 for the largest, 0 for what is e^-16 of it or less."""
-        steps_BC = probs_BC.float().log()
+        steps_BC = probs_BC.log()
         steps_BC -= steps_BC.amax(dim=1, keepdim=True)
-        return steps_BC.mul_(255 / self.nats).add_(255).clamp_(min=0).round_().to(torch.uint8)
+        out_BR.copy_(steps_BC.mul_(255 / self.nats).add_(255).clamp_(min=0).round_())
 
     def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
         """Exponentiate and renormalise."""
@@ -129,12 +129,12 @@ class TopK:
             )
         return self.k * (2 + self._index(classes).itemsize)
 
-    def encode(self, probs_BC: Tensor) -> Tensor:
+    def encode(self, probs_BC: Tensor, out_BR: Tensor) -> None:
         """The k values, largest first, then their classes."""
-        values_BK, classes_BK = probs_BC.float().topk(self.k, dim=1)
+        values_BK, classes_BK = probs_BC.topk(self.k, dim=1)
         index_BK = classes_BK.to(self._index(probs_BC.shape[1]))
-        parts = (values_BK.half().view(torch.uint8), index_BK.view(torch.uint8))
-        return torch.cat(parts, dim=1)
+        out_BR[:, : 2 * self.k] = values_BK.half().view(torch.uint8)
+        out_BR[:, 2 * self.k :] = index_BK.view(torch.uint8)
 
     def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
         """Spread 1 - sum of the k evenly over the other classes, then renormalise."""

@@ -6,7 +6,7 @@ Letters: N samples of the data set, B of a batch, C classes, S segments.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ class Generation:
         """
         self.n = n
         self.classes = classes
+        self.entries = list(entries)
         self.segments = [SegmentReader(directory / e.segment, e) for e in entries]
         self._segment_N = np.full(n, -1, np.int32)
         self._unit_N = np.zeros(n, np.int32)
@@ -67,35 +68,40 @@ class Generation:
         """Whether each sample has a row: bool (N,)."""
         return self._segment_N >= 0
 
-    def gather(self, ids_B: Ids, out_BR: Bytes, present_B: npt.NDArray[np.bool_]) -> None:
-        """Encoded rows into uint8 (B, R), zeros where absent, and whether each is present."""
+    def gather(self, ids_B: Ids, out_BR: Bytes, present_B: npt.NDArray[np.bool_]) -> bool:
+        """Encoded rows into uint8 (B, R), zeros where absent, and whether each is present.
+
+        Returns whether all are.
+        """
         segment_B, unit_B = self._segment_N[ids_B], self._unit_N[ids_B]
         np.greater_equal(segment_B, 0, out=present_B)
-        if not present_B.all():
+        complete = bool(present_B.all())
+        if not complete:
             out_BR[~present_B] = 0
         indices = np.unique(segment_B[present_B])
-        if len(indices) == 1 and present_B.all():
+        if len(indices) == 1 and complete:
             self._fetch(self.segments[indices[0]], unit_B, out_BR)
-            return
+            return True
         for index in indices:
             where = np.flatnonzero(segment_B == index)
             rows_BR = np.empty((len(where), self.row_bytes), np.uint8)
             self._fetch(self.segments[index], unit_B[where], rows_BR)
             out_BR[where] = rows_BR
+        return complete
 
-    def decode(self, rows_BR: Tensor, present_B: Tensor) -> Tensor:
+    def decode(self, rows_BR: Tensor, present_B: Tensor, complete: bool) -> Tensor:
         """Float32 (B, C) from encoded rows, on their device; zeros where absent."""
         if self._encoding is None:
             return torch.zeros(len(rows_BR), self.classes, device=rows_BR.device)
         rows_BC = self._encoding.decode(rows_BR, self.classes)
-        return torch.where(present_B[:, None], rows_BC, 0.0)
+        return rows_BC if complete else torch.where(present_B[:, None], rows_BC, 0.0)
 
     def rows(self, ids_B: Ids) -> tuple[Tensor, Tensor]:
         """Decoded rows float32 (B, C), zeros where absent, and present_B bool."""
         rows_BR = torch.empty(len(ids_B), self.row_bytes, dtype=torch.uint8)
         present_B = torch.empty(len(ids_B), dtype=torch.bool)
-        self.gather(ids_B, rows_BR.numpy(), present_B.numpy())
-        return self.decode(rows_BR, present_B), present_B
+        complete = self.gather(ids_B, rows_BR.numpy(), present_B.numpy())
+        return self.decode(rows_BR, present_B, complete), present_B
 
     def __getitem__(self, ids: Ids | Sequence[int]) -> Tensor:
         """Rows of `ids`: float32 (len(ids), C).
@@ -169,14 +175,31 @@ def open_generation(path: str | Path) -> Generation:
     Raises:
         PskdError: no finished generation there, or damaged.
     """
-    directory = Path(path)
+    manifest = read_manifest(Path(path))
+    return Generation(Path(path).parent, manifest.n, manifest.classes, manifest.entries)
+
+
+class Manifest(NamedTuple):
+    """What a finished generation consists of."""
+
+    epoch: int
+    n: int
+    classes: int
+    entries: list[Entry]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Of the finished generation in `DIR/store/gen-<epoch>`.
+
+    Raises:
+        PskdError: there is none, or it is damaged.
+    """
     try:
-        manifest = files.read_manifest(directory / MANIFEST, VERSION)
+        content = files.read_manifest(directory / MANIFEST, VERSION)
     except ValueError as error:
         raise PskdError(f"prediction store: {error}. Open another generation.") from error
     except OSError as error:
         raise PskdError(
             f"{directory} holds no finished generation of predictions ({error.strerror})."
         ) from error
-    entries = [Entry(*e) for e in manifest["entries"]]
-    return Generation(directory.parent, manifest["n"], manifest["classes"], entries)
+    return Manifest(**{**content, "entries": [Entry(*e) for e in content["entries"]]})

@@ -26,6 +26,7 @@ class _Read(NamedTuple):
 
     rows: Tensor
     present_B: Tensor
+    complete: bool
     buffer: "_Buffer"
 
 
@@ -84,13 +85,13 @@ class Lookahead:
             started = time.monotonic()
             ahead[2].result()
             self.waits.add(time.monotonic() - started)
-        rows, present_B, buffer = ahead[2].result()
+        rows, present_B, complete, buffer = ahead[2].result()
         if buffer.copied is None:
             return rows, present_B
         rows = rows.to(self._device, non_blocking=True)
         present_B = present_B.to(self._device, non_blocking=True)
         buffer.copied.record()
-        return generation.decode(rows, present_B), present_B
+        return generation.decode(rows, present_B, complete), present_B
 
     def close(self) -> None:
         """End the thread."""
@@ -98,7 +99,7 @@ class Lookahead:
 
     def _read(self, generation: Generation, ids_B: Ids, buffer: _Buffer) -> _Read:
         rows, present_B = buffer.room(len(ids_B), generation.row_bytes)
-        generation.gather(ids_B, rows.numpy(), present_B.numpy())
+        complete = generation.gather(ids_B, rows.numpy(), present_B.numpy())
         if buffer.copied is None:
-            rows = generation.decode(rows, present_B)
-        return _Read(rows, present_B, buffer)
+            rows = generation.decode(rows, present_B, complete)
+        return _Read(rows, present_B, complete, buffer)

@@ -189,9 +189,7 @@ class Store:
         manifest = self._directory / generation_name(self._epoch - 1) / MANIFEST
         if self._finished and self._share()[0] == 0 and not manifest.exists():
             # Its segments were brought here from another run or node.
-            write_manifest(
-                self._directory, self._epoch - 1, self._n, self._classes, self._finished
-            )
+            write_manifest(self._directory, self._epoch - 1, self._n, self._classes, self._finished)
 
     def adopt(self, source: Path, state: dict[str, Any]) -> dict[str, Any]:
         """Take over the segments that a checkpoint of another run names; returns its state here.
