@@ -23,6 +23,8 @@ def _tagged(tag: str) -> Callable[[Any, str], Any]:
     return make
 
 
+_MOST_SHOWN = 20
+
 TAGS = ("numerics", "content", "speed", "output")
 numerics = _tagged("numerics")
 content = _tagged("content")
@@ -41,4 +43,7 @@ def known(name: str, choices: Collection[str], key: str) -> None:
     if name not in choices:
         near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
         hint = f": did you mean '{near[0]}'?" if near else "."
-        raise PskdError(f"{key} '{name}' is unknown{hint} Known: {', '.join(sorted(choices))}.")
+        shown = sorted(choices)
+        if len(shown) > _MOST_SHOWN:
+            shown = difflib.get_close_matches(name, choices, n=_MOST_SHOWN, cutoff=0.2) + ["..."]
+        raise PskdError(f"{key} '{name}' is unknown{hint} Known: {', '.join(shown)}.")

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pskd.models.torchvision_names import NAMES
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -21,6 +23,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "pskd.models.preact_resnet",
         {"widths": (16, 32, 64), "blocks": (1, 1, 1)},
     ),
+    "resnet101_cifar": ("pskd.models.resnet_cifar", {"blocks": (3, 4, 23, 3)}),
+    "densenet121_cifar": (
+        "pskd.models.densenet_cifar",
+        {"growth": 32, "blocks": (6, 12, 24, 16)},
+    ),
+    "resnext29_8x64d": (
+        "pskd.models.resnext_cifar",
+        {"depth": 29, "cardinality": 8, "group_width": 64},
+    ),
+    "pyramidnet200_a240": ("pskd.models.pyramidnet", {"depth": 200, "alpha": 240}),
+    "pyramidnet200_a240_shakedrop": (
+        "pskd.models.pyramidnet",
+        {"depth": 200, "alpha": 240, "last_survival": 0.5},
+    ),
+    "densenet264": ("pskd.models.densenet", {"growth": 32, "blocks": (6, 12, 64, 48)}),
+    **{name: ("pskd.models.torchvision_models", {"name": name}) for name in NAMES},
 }
 
 
