@@ -1,4 +1,4 @@
-"""`pskd evaluate | compare`: what one does beside training."""
+"""`pskd evaluate | compare | index | store`: what one does beside training."""
 
 import argparse
 import json
@@ -38,7 +38,55 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="a table of complete runs")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     compare.set_defaults(run=_compare)
+    _add_index(commands.add_parser("index", help="look at a folder of images, once"))
+    store = commands.add_parser("store", help="the past predictions of a run")
+    actions = store.add_subparsers(required=True, metavar="ACTION")
+    for name, run, text in (
+        ("info", _store_info, "which generations there are, and who names them"),
+        ("verify", _store_verify, "read every row and compare its checksum"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("directory", type=Path, metavar="DIR", help="a run, or its store/")
+        action.set_defaults(run=run)
     return parser
+
+
+def _add_index(index: argparse.ArgumentParser) -> None:
+    index.add_argument(
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="DIR/<class>/<image>; or a folder of two such folders, train and val",
+    )
+    index.add_argument(
+        "--index-path",
+        type=Path,
+        metavar="FILE",
+        help="where the index goes (default: DIR/.pskd-index, else ~/.cache/pskd)",
+    )
+    index.add_argument(
+        "--drop-bad", action="store_true", help="leave out files of no use, do not refuse them"
+    )
+    index.add_argument(
+        "--verify", action="store_true", help="decode every file and compare it with the index"
+    )
+    index.add_argument(
+        "--ground-truth",
+        type=Path,
+        metavar="FILE",
+        help="ILSVRC2012_validation_ground_truth.txt, for a flat DIR or for val; needs --classes",
+    )
+    index.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="class names in the order of their integers: meta.mat, or a text file",
+    )
+    index.add_argument("--list", type=Path, metavar="FILE", help="lines `path label`")
+    index.add_argument(
+        "--workers", type=int, metavar="K", help="processes that read (default: one a core)"
+    )
+    index.set_defaults(run=_index)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -70,6 +118,32 @@ def _compare(arguments: argparse.Namespace) -> None:
     from pskd.report.compare import comparison  # noqa: PLC0415
 
     print(comparison(arguments.runs))
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from pskd.data.index_command import reports  # noqa: PLC0415
+
+    for report in reports(arguments):
+        print(report)
+
+
+def _store_info(arguments: argparse.Namespace) -> None:
+    from pskd.report.store import info  # noqa: PLC0415
+
+    print(info(arguments.directory))
+
+
+def _store_verify(arguments: argparse.Namespace) -> None:
+    from pskd.report.store import verify  # noqa: PLC0415
+
+    damaged = 0
+    for what, damage in verify(arguments.directory):
+        print(f"{'ok' if damage is None else 'DAMAGED':8} {what}")
+        if damage is not None:
+            damaged += 1
+            print(f"         {damage}")
+    if damaged:
+        raise PskdError(f"{damaged} of the files of {arguments.directory} are damaged or missing.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""`pskd index`: what it does with a folder, and what it says about it."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pskd.data import index as indexes
+from pskd.data.folder import as_text, names_in, shown
+from pskd.data.headers import Progress
+from pskd.data.index import Index, Labels
+from pskd.data.labels import GroundTruth, PathList
+from pskd.errors import PskdError
+
+
+def reports(arguments: argparse.Namespace) -> Iterator[str]:
+    """Index a folder, or its `train` and `val` if it has just these; yields a report of each.
+
+    Raises:
+        PskdError: options that exclude each other, a folder that cannot be indexed, or a file that
+            is not what the index says.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    if arguments.workers is not None and arguments.workers < 1:
+        raise PskdError(f"--workers {arguments.workers}: at least 1 process must read.")
+    directory: Path = arguments.directory.absolute()
+    labels = _labels(arguments)
+    if names_in(directory, "classes") != [b"train", b"val"]:
+        yield _report(_index(directory, labels, arguments), arguments.verify)
+        return
+    for option, value in (("--list", arguments.list), ("--index-path", arguments.index_path)):
+        if value is not None:
+            raise PskdError(
+                f"{option} is for one folder: use it with {directory / 'train'} or "
+                f"{directory / 'val'}."
+            )
+    train = _index(directory / "train", None, arguments)
+    yield _report(train, arguments.verify)
+    validation = _index(directory / "val", labels, arguments)
+    yield _report(validation, arguments.verify)
+    indexes.check_same_classes(train, validation)
+
+
+def _labels(arguments: argparse.Namespace) -> Labels | None:
+    if arguments.list is not None:
+        if arguments.ground_truth is not None:
+            raise PskdError("--list and --ground-truth exclude each other.")
+        return PathList(arguments.list, arguments.classes)
+    if arguments.ground_truth is not None:
+        if arguments.classes is None:
+            raise PskdError("--ground-truth needs --classes: meta.mat, or a file of class names.")
+        return GroundTruth(arguments.ground_truth, arguments.classes)
+    if arguments.classes is not None:
+        raise PskdError("--classes goes with --ground-truth or --list.")
+    return None
+
+
+def _index(root: Path, labels: Labels | None, arguments: argparse.Namespace) -> Index:
+    """A new index, written. To verify and nothing else, the one there is; all files agree then."""
+    place, workers = arguments.index_path, arguments.workers
+    if arguments.verify and not arguments.drop_bad and labels is None:
+        with _bar(f"index {root.name}") as progress:
+            index = indexes.load_or_build(root, place, workers=workers, progress=progress)
+    else:
+        with _bar(f"index {root.name}") as progress:
+            built = indexes.build(
+                root,
+                labels=labels,
+                drop_bad=arguments.drop_bad,
+                decode=arguments.verify and arguments.drop_bad,
+                workers=workers,
+                progress=progress,
+            )
+        index = indexes.open_index(indexes.save(built, place), root)
+    if arguments.verify:
+        _verify(index, workers)
+    return index
+
+
+def _verify(index: Index, workers: int | None) -> None:
+    with _bar(f"verify {index.root.name}") as progress:
+        different = indexes.verify(index, workers=workers, progress=progress)
+    if different:
+        again = indexes.command(index.root, index.labels_from)
+        raise PskdError(
+            f"{len(different)} of {len(index)} files are not as {index.file} says, or do not "
+            f"decode:\n{indexes.describe(different)}\nMend them and run `{again}`, or leave those "
+            f"out that do not decode: `{again} --drop-bad --verify`."
+        )
+
+
+def _report(index: Index, verified: bool) -> str:
+    pixels_N = index.widths_N.astype(np.int64) * index.heights_N
+    largest = int(pixels_N.argmax())
+    size = f"{index.widths_N[largest]}x{index.heights_N[largest]}"
+    lines = [
+        f"{shown(str(index.root))}: {len(index)} images of {len(index.class_names)} classes",
+        f"  size         {index.bytes_N.sum() / 1e6:.1f} MB, {pixels_N.sum() / 1e6:.1f} megapixels",
+        f"  largest      {size}, {shown(as_text(index.relative(largest)))}",
+        f"  fingerprint  {index.fingerprint}",
+        f"  index        {index.file}",
+    ]
+    if index.dropped:
+        lines += [f"  left out     {len(index.dropped)}", indexes.describe(index.dropped)]
+    if verified:
+        lines.append("  verified     every file decodes and is as the index says")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Progress]:
+    with tqdm(desc=label, unit=" files", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance

@@ -1,0 +1,1143 @@
+"""pskd.data.index: every image once, in bytewise order, of the right size and label; no bad one."""
+
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.io import savemat
+
+from pskd.cli import main
+from pskd.data.folder import Snapshot, as_bytes, as_text, entries
+from pskd.data.index import (
+    NAME,
+    Index,
+    build,
+    check_same_classes,
+    find,
+    is_current,
+    load_or_build,
+    open_index,
+    places,
+    save,
+    verify,
+    write,
+)
+from pskd.data.labels import GroundTruth, PathList
+from pskd.errors import PskdError
+from tests.photos import BAD_BODIES, BAD_HEADERS, ODD_NAMES, make_folder, make_nasty
+
+ROOT = Path(__file__).parents[1]
+
+
+def refusal(function, *args, **options):
+    with pytest.raises(PskdError) as caught:
+        function(*args, **options)
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache directory, for this test only."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pskd"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of four small images."""
+    make_folder(tmp_path / "folder", classes=3, per_class=4, median_side=24)
+    return tmp_path / "folder"
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory):
+    """A folder of one class of files that need care, and what they are."""
+    root = tmp_path_factory.mktemp("nasty")
+    return root, make_nasty(root / "class")
+
+
+def image(path, size=(5, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        Image.new("RGB", size).save(file, "PNG")
+    return path
+
+
+def relatives(index):
+    return [index.relative(k) for k in range(len(index))]
+
+
+def saved(root, **options):
+    return open_index(save(build(root, **options)), root)
+
+
+def rewritten_later(path, content):
+    """Overwrite in place; the folder does not change."""
+    before = path.parent.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.truncate(0)
+        file.write(content)
+    assert path.parent.stat().st_mtime_ns == before
+
+
+def synthetic(root, paths, labels=None, class_names=("a",)):
+    n = len(paths)
+    numbers = np.arange(n)
+    return Index(
+        root=root,
+        class_names=class_names,
+        labels_N=np.zeros(n, "<i4") if labels is None else labels,
+        widths_N=(numbers + 1).astype("<i4"),
+        heights_N=(numbers + 2).astype("<i4"),
+        bytes_N=(numbers * 2**33).astype("<i8"),
+        fingerprint="0" * 64,
+        dropped=((as_text(b"\xff\n"), "why"),),
+        labels_from="--list 'a b'",
+        snapshot=Snapshot("classes", "names", (("a", n, 5),)),
+        paths=np.frombuffer(b"".join(paths), np.uint8),
+        offsets_N=np.cumsum([0, *map(len, paths)]).astype("<i8"),
+    )
+
+
+def same(a, b):
+    facts = ("class_names", "fingerprint", "dropped", "labels_from", "snapshot")
+    arrays = ("labels_N", "widths_N", "heights_N", "bytes_N", "paths", "offsets_N")
+    return all(getattr(a, f) == getattr(b, f) for f in facts) and all(
+        np.array_equal(getattr(a, f), getattr(b, f)) and getattr(a, f).dtype == getattr(b, f).dtype
+        for f in arrays
+    )
+
+
+# --- what is a sample ------------------------------------------------------------------------
+
+
+def test_samples_of_class_folders(tmp_path):
+    wanted = ["a-b/y.jpg", "a/b/c/x.TIFF", "a/x.JPEG", "a/z.pPm", "b/link.webp", "b/q.jpg/p.ppm"]
+    others = ["a/.hidden.jpg", "a/.folder/x.jpg", ".git/x.jpg", "a/notes.txt", "a/jpg", "by.jpg"]
+    for name in (*wanted, *others):
+        image(tmp_path / name)
+    (tmp_path / "b/link.webp").unlink()
+    (tmp_path / "b/link.webp").symlink_to(tmp_path / "a/x.JPEG")
+    elsewhere = image(tmp_path.parent / f"{tmp_path.name}-elsewhere" / "w.bmp").parent
+    (tmp_path / "c").symlink_to(elsewhere)
+    index = build(tmp_path)
+    assert relatives(index) == [os.fsencode(name) for name in [*wanted, "c/w.bmp"]]
+    assert index.class_names == ("a", "a-b", "b", "c")
+    assert index.labels_N.tolist() == [1, 0, 0, 0, 2, 2, 3]
+    assert len(index) == 7
+    assert index.path(2) == str(tmp_path / "a/x.JPEG")
+
+
+@settings(deadline=None, max_examples=30)  # a process is started for each example
+@given(
+    names=st.lists(
+        st.binary(min_size=1, max_size=40).filter(lambda b: not {0, 47} & {*b} and b[0] != 46),
+        min_size=1,
+        max_size=6,
+        unique=True,
+    )
+)
+def test_any_name_is_kept_and_order_is_bytewise(names):
+    with tempfile.TemporaryDirectory() as directory:
+        content = image(Path(directory) / "image").read_bytes()
+        for name in map(os.fsdecode, names):
+            Path(directory, name).mkdir()
+            Path(directory, name, f"{name}.png").write_bytes(content)
+        index = saved(Path(directory))
+        assert relatives(index) == sorted(name + b"/" + name + b".png" for name in names)
+        assert index.class_names == tuple(map(as_text, sorted(names)))
+        assert is_current(index) is None
+        for k, label in enumerate(index.labels_N.tolist()):
+            name = as_bytes(index.class_names[label])
+            assert index.relative(k) == name + b"/" + name + b".png"
+            assert Path(index.path(k)).read_bytes() == content
+
+
+def test_sizes_are_those_of_the_pixels_as_stored(nasty):
+    root, files = nasty
+    index = build(root, drop_bad=True)
+    rows = {os.fsencode(Path("class", path.name)): what for what, path in files.items()}
+    found = {rows[index.relative(k)]: k for k in range(len(index))}
+    assert set(files) - set(found) == set(BAD_HEADERS)
+    for what, k in found.items():
+        with Image.open(files[what]) as picture:
+            assert (index.widths_N[k], index.heights_N[k]) == picture.size, what
+        assert index.bytes_N[k] == files[what].stat().st_size
+    turned, plain = found["exif rotated"], found["progressive"]
+    assert index.widths_N[turned] == index.widths_N[plain] != index.heights_N[turned]
+    assert (index.widths_N[found["huge"]], index.heights_N[found["huge"]]) == (6000, 5000)
+    assert dict(index.dropped) == {
+        "class/empty.JPEG": "empty",
+        "class/garbage.JPEG": "no readable image header",
+    }
+
+
+def test_a_decompression_bomb_is_an_image(tmp_path):
+    """More pixels than PIL refuses by default; only its header is there."""
+    huge = b"P6 60000 50000 255\n"
+    image(tmp_path / "a/x.ppm").write_bytes(huge)
+    index = build(tmp_path)
+    assert (index.widths_N[0], index.heights_N[0]) == (60000, 50000)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path):
+    for k in range(250):
+        image(tmp_path / f"c{k % 3}/{k}.png", size=(k + 1, 1))
+    (tmp_path / "c2/200.png").write_bytes(b"")
+    seen = []
+    one = build(tmp_path, drop_bad=True, workers=1)
+    three = build(tmp_path, drop_bad=True, workers=3, progress=lambda *at: seen.append(at))
+    assert same(one, three)
+    assert seen == [(100, 250), (200, 250), (250, 250)]
+    assert dict(zip(relatives(one), one.widths_N.tolist(), strict=True)) == {
+        b"c%d/%d.png" % (k % 3, k): k + 1 for k in range(250) if k != 200
+    }
+
+
+def test_the_fingerprint_tells_folders_apart(folder):
+    before = build(folder).fingerprint
+    assert build(folder).fingerprint == before
+    moved = folder.rename(folder.with_name("moved"))
+    assert build(moved).fingerprint == before
+    seen = {before}
+    (moved / "class000").rename(moved / "other")
+    seen.add(build(moved).fingerprint)
+    (moved / "other/image00000.JPEG").rename(moved / "other/z.jpg")
+    seen.add(build(moved).fingerprint)
+    (moved / "other/z.jpg").rename(moved / "class001/z.jpg")
+    seen.add(build(moved).fingerprint)
+    with (moved / "class001/z.jpg").open("ab") as file:
+        file.write(b"\0")
+    seen.add(build(moved).fingerprint)
+    image(moved / "class001/z.jpg", (7, 7))
+    seen.add(build(moved).fingerprint)
+    assert len(seen) == 6
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    image(tmp_path / "flat/x.jpg")
+    text = refusal(build, tmp_path / "flat")
+    assert f"{tmp_path}/flat has no class folders" in text
+    assert "--ground-truth" in text
+    assert "No such file" in refusal(build, tmp_path / "none")
+    assert "Not a directory" in refusal(build, tmp_path / "flat/x.jpg")
+
+
+def test_classes_without_an_image_are_named(folder):
+    (folder / "n1/deep").mkdir(parents=True)
+    (folder / "n2").mkdir()
+    (folder / "n2/x.txt").touch()
+    assert "2 class folders without a usable image: n1, n2." in refusal(build, folder)
+
+
+def test_a_class_that_loses_all_images_is_refused(folder):
+    shutil.rmtree(folder / "class001")
+    (folder / "class001").mkdir()
+    (folder / "class001/x.jpg").touch()
+    text = refusal(build, folder, drop_bad=True)
+    assert "1 class folder without a usable image: class001." in text
+
+
+def test_all_bad_files_are_refused_at_once(tmp_path):
+    good = image(tmp_path / "c/good.png")
+    (tmp_path / "c/empty.jpg").touch()
+    (tmp_path / "c/garbage.jpg").write_bytes(b"\xff\xd8\xff" + bytes(99))
+    (tmp_path / "c/postscript.jpg").write_bytes(b"%!PS-Adobe-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (tmp_path / "c/dangling.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "c/self.jpg").symlink_to(tmp_path / "c/self.jpg")
+    os.mkfifo(tmp_path / "c/pipe.jpg")
+    (tmp_path / "c/odd\n.jpg").touch()
+    (tmp_path / "c/flat.ppm").write_bytes(b"P6 3 0 255\n")
+    text = refusal(build, tmp_path)
+    assert text.splitlines() == [
+        f"8 of 9 files in {tmp_path} cannot be used:",
+        "  c/dangling.jpg: dangling link",
+        "  c/empty.jpg: empty",
+        *[line for line in text.splitlines() if line.startswith("  c/flat.ppm: ")],
+        "  c/garbage.jpg: no readable image header",
+        "  'c/odd\\n.jpg': empty",
+        "  c/pipe.jpg: not a regular file",
+        "  c/postscript.jpg: no readable image header",
+        "  c/self.jpg: Too many levels of symbolic links",
+        f"Mend or remove them, or leave them out: `pskd index {tmp_path} --drop-bad`.",
+    ]
+    index = saved(tmp_path, drop_bad=True)
+    assert relatives(index) == [b"c/good.png"]
+    assert index.path(0) == str(good)
+    assert len(index.dropped) == 8
+    assert ("c/odd\n.jpg", "empty") in index.dropped
+
+
+def test_only_the_first_twenty_bad_files_are_listed(folder):
+    for k in range(25):
+        (folder / "class000" / f"bad{k:02}.jpg").touch()
+    lines = refusal(build, folder).splitlines()
+    assert lines[0].startswith("25 of 37 files")
+    assert lines[20:22] == ["  class000/bad19.jpg: empty", "  and 5 more"]
+
+
+def test_a_folder_in_which_no_file_is_of_use_is_refused(tmp_path):
+    (tmp_path / "list").write_text("x.jpg 0\n")
+    (tmp_path / "x.jpg").touch()
+    labels = PathList(tmp_path / "list")
+    assert "has no image that can be used" in refusal(build, tmp_path, labels=labels, drop_bad=True)
+
+
+def test_a_link_to_a_folder_above_is_refused(folder):
+    (folder / "class001/up").symlink_to(folder / "class001")
+    assert f"{folder}/class001/up is a link to a folder above it" in refusal(build, folder)
+
+
+def test_a_crash_of_the_process_that_reads_is_told(folder, monkeypatch, tmp_path):
+    program = tmp_path / "crash.py"
+    program.write_text("import sys, os; sys.stdin.buffer.read(9); os._exit(77)")
+    monkeypatch.setattr("pskd.data.headers._PROGRAM", program)
+    text = refusal(build, folder)
+    assert "exit code 77 at one of 12 files from" in text
+    assert "image00000.JPEG" in text
+
+
+BUILD_SLOWLY = """
+import sys, time
+from pathlib import Path
+from pskd.data.headers import read_headers
+def progress(done, total):
+    print("reads", flush=True)
+    time.sleep(600)
+read_headers([sys.argv[1].encode()] * 100_000, workers=2, progress=progress)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_the_one_that_indexes(folder, how):
+    command = [sys.executable, "-c", BUILD_SLOWLY, folder / "class000/image00000.JPEG"]
+    parent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert parent.stdout.readline() == b"reads\n"
+    workers = psutil.Process(parent.pid).children()
+    assert len(workers) == 2
+    if how == signal.SIGINT:
+        os.killpg(parent.pid, how)  # as a terminal does
+    else:
+        parent.send_signal(how)
+    errors = parent.communicate(timeout=20)[1]
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert errors.count(b"Traceback") == (how == signal.SIGINT)  # the parent's own
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+@settings(deadline=None)  # a write waits for the disk
+@given(
+    paths=st.lists(st.binary(min_size=1, max_size=70), min_size=1, max_size=20),
+    class_names=st.lists(st.binary(max_size=9).map(as_text), max_size=5),
+)
+def test_a_file_gives_back_what_was_written(paths, class_names):
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "index")
+        index = synthetic(Path("/root"), paths, class_names=tuple(class_names))
+        write(index, file)
+        found = open_index(file, Path("/root"))
+        assert same(index, found)
+        assert relatives(found) == paths
+        ids_B = np.array([len(paths) - 1, 0, 0])
+        wanted = [b"/root/" + paths[k] for k in ids_B]
+        assert [row.tobytes() for row in found.path_bytes(ids_B)] == wanted
+        assert [os.fsencode(found.path(k)) for k in ids_B] == wanted
+        assert found.path_bytes(ids_B[:0]) == []
+
+
+def test_paths_of_a_relative_root_are_absolute(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for index in (build(Path("folder")), load_or_build(Path("folder"))):
+        assert index.path(0) == f"{folder}/class000/image00000.JPEG"
+        assert index.path_bytes(np.array([0]))[0].tobytes() == os.fsencode(index.path(0))
+
+
+def test_arrays_of_an_open_index_are_aligned_and_cannot_be_written(folder):
+    index = load_or_build(folder)
+    for name in ("labels_N", "widths_N", "heights_N", "bytes_N", "paths", "offsets_N"):
+        array = getattr(index, name)
+        assert array.ctypes.data % 64 == 0, name
+        assert not array.flags.writeable
+        assert type(array) is np.ndarray
+    paths = index.path_bytes(np.arange(3))
+    assert all(path.flags.c_contiguous and path.dtype == np.uint8 for path in paths)
+
+
+def test_the_layout_of_the_file_is_as_specified(folder):
+    """Read by hand, from the specification."""
+    content = load_or_build(folder).file.read_bytes()
+    assert content[:8] == b"PSKDIDX\x01"
+    length = int.from_bytes(content[8:12], "little")
+    facts = json.loads(content[16 : 16 + length].decode("ascii"))
+    start = -(-(16 + length) // 64) * 64
+    arrays = {
+        name: np.frombuffer(content, kind, count, start + offset)
+        for name, kind, offset, count in facts["arrays"]
+    }
+    assert {name: array.dtype.str for name, array in arrays.items()} == {
+        "paths": "|u1",
+        "offsets": "<i8",
+        "labels": "<i4",
+        "widths": "<i4",
+        "heights": "<i4",
+        "bytes": "<i8",
+    }
+    assert arrays["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert arrays["paths"].tobytes()[: arrays["offsets"][1]] == b"class000/image00000.JPEG"
+    assert facts["class_names"] == ["class000", "class001", "class002"]
+    assert [row[:2] for row in facts["snapshot"]["directories"]] == [
+        [f"class00{k}", 4] for k in range(3)
+    ]
+    assert start + facts["arrays"][-1][2] + 12 * 8 == len(content)
+
+
+def damaged(content, damage):
+    length = int.from_bytes(content[8:12], "little")
+    match damage:
+        case "version":
+            return content[:7] + b"\x02" + content[8:]
+        case "json":
+            at = 16 + length // 2
+            return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        case "length":
+            return content[:8] + b"\xff\xff\xff\xff" + content[12:]
+        case "crc":
+            return content[:12] + bytes([content[12] ^ 1]) + content[13:]
+        case "longer":
+            return content + b"\0"
+        case cut:
+            return content[: round(cut * len(content)) if isinstance(cut, float) else cut]
+
+
+DAMAGES = [
+    ("version", "format version 2, this program reads version 1"),
+    ("json", "damaged header (crc differs)"),
+    ("length", "damaged header (crc differs)"),
+    ("crc", "damaged header (crc differs)"),
+    ("longer", "damaged: "),
+    (0, "damaged: only 0 bytes"),
+    (15, "damaged: only 15 bytes"),
+    (0.3, "damaged"),
+    (0.7, "damaged"),
+    (-1, "damaged: "),
+]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize(("damage", "says"), DAMAGES)
+def test_a_damaged_index_is_refused_and_built_again(folder, caplog, damage, says, explicit):
+    place = folder.parent / "elsewhere" if explicit else None
+    file, whole = load_or_build(folder, place).file, build(folder)
+    content = file.read_bytes()
+    file.write_bytes(damaged(content, damage))
+    text = refusal(open_index, file, folder)
+    assert text.startswith(f"{file}: ")
+    assert says in text
+    assert f"`pskd index {folder}`" in text
+    with caplog.at_level(logging.INFO, "pskd"):
+        assert same(load_or_build(folder, place), whole)
+    (line,) = caplog.messages
+    assert line == f"looking at the images of {folder}: {text.partition('. Run')[0]}"
+    assert file.read_bytes() == content
+
+
+@settings(deadline=None)
+@given(cut=st.integers(0, 5000))
+def test_an_index_cut_anywhere_is_refused_before_it_is_mapped(cut):
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "index")
+        write(synthetic(Path("/r"), [b"%d" % k for k in range(100)]), file)
+        content = file.read_bytes()
+        assert len(content) < 5000
+        file.write_bytes(content[: min(cut, len(content) - 1)])
+        assert "damaged" in refusal(open_index, file, Path("/r"))
+
+
+def test_a_file_that_is_no_index_is_not_overwritten(folder, tmp_path):
+    other = tmp_path / "thesis.txt"
+    other.write_text("years of work")
+    for function in (save, write):
+        text = refusal(function, build(folder), other)
+        assert text == f"{other} is not an index, so it is not overwritten. Name another file."
+    assert "not an index" in refusal(open_index, other, folder)
+    assert "not overwritten" in refusal(load_or_build, folder, other)
+    assert main(["index", str(folder), "--index-path", str(other)]) == 1
+    assert other.read_text() == "years of work"
+
+
+def test_opening_a_large_index_holds_no_memory_for_each_entry(tmp_path):
+    n = 1_281_167
+    width = len(b"n01234567/n01234567_01234567.JPEG")
+    digits_ND = (np.arange(n)[:, None] // 10 ** np.arange(width)[::-1].clip(0, 8) % 10) + 48
+    index = replace(
+        synthetic(Path("/data/train"), [b"x"]),
+        labels_N=np.zeros(n, "<i4"),
+        widths_N=np.full(n, 500, "<i4"),
+        heights_N=np.full(n, 375, "<i4"),
+        bytes_N=np.full(n, 110_000, "<i8"),
+        paths=digits_ND.astype(np.uint8).ravel(),
+        offsets_N=(np.arange(n + 1) * width).astype("<i8"),
+    )
+    del digits_ND
+    write(index, tmp_path / "index")
+    expected = index.path(n - 1)
+    del index
+    tracemalloc.start()
+    found = open_index(tmp_path / "index", Path("/data/train"))
+    ids_B = np.random.default_rng(0).integers(0, n, 256)
+    assert len(found.path_bytes(ids_B)) == 256
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1e6
+    assert found.path(n - 1) == expected
+
+
+def test_dali_reads_what_an_index_names(nasty):
+    """Odd names included."""
+    fn = pytest.importorskip("nvidia.dali.fn")
+    from nvidia.dali import pipeline_def
+
+    root, files = nasty
+    index = saved(root, drop_bad=True)
+    rows = [k for k in range(len(index)) if index.path(k) in {str(files[w]) for w in ODD_NAMES}]
+    assert len(rows) == len(ODD_NAMES)
+
+    @pipeline_def(batch_size=len(rows), num_threads=1, device_id=None)
+    def reader():
+        paths = fn.external_source(lambda: index.path_bytes(np.array(rows)), batch=True)
+        return fn.io.file.read(paths, dont_use_mmap=True)
+
+    pipeline = reader()
+    pipeline.build()
+    (contents,) = pipeline.run()
+    for k, row in enumerate(rows):
+        assert np.array(contents[k]).tobytes() == Path(index.path(row)).read_bytes()
+
+
+# --- out of date -----------------------------------------------------------------------------
+
+
+def remove(folder):
+    (folder / "class001/image00002.JPEG").unlink()
+
+
+def rename(folder):
+    (folder / "class001/image00002.JPEG").rename(folder / "class001/x.jpg")
+
+
+def replace_class(folder):
+    shutil.rmtree(folder / "class001")
+    shutil.copytree(folder / "class000", folder / "class001")
+
+
+CHANGES = [
+    ("added", lambda f: image(f / "class002/new.png"), "folder class002 has changed"),
+    ("removed", remove, "folder class001 has changed"),
+    ("renamed", rename, "folder class001 has changed"),
+    ("class added", lambda f: image(f / "new/x.png"), "other class folders lie in"),
+    ("class removed", lambda f: shutil.rmtree(f / "class001"), "other class folders lie in"),
+    ("class renamed", lambda f: (f / "class001").rename(f / "b"), "other class folders lie in"),
+    ("class replaced", replace_class, "folder class001 has changed"),
+    ("deep", lambda f: image(f / "class000/deep/x.png"), "folder class000 has changed"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
+def test_an_index_of_a_changed_folder_is_built_again(folder, caplog, change, says):
+    time.sleep(0.02)  # longer than a tick of the clock that dates folders
+    before = load_or_build(folder)
+    assert is_current(before) is None
+    change(folder)
+    assert says in is_current(before)
+    with caplog.at_level(logging.INFO, "pskd"):
+        after = load_or_build(folder)
+    assert [says in line for line in caplog.messages] == [True]
+    assert is_current(after) is None
+    assert same(after, build(folder))
+    assert not same(after, before)
+
+
+def test_a_nested_folder_that_changes_or_goes_is_noticed(folder):
+    deep = image(folder / "class000/deep/x.png").parent
+    time.sleep(0.02)
+    index = load_or_build(folder)
+    image(deep / "y.png")
+    assert is_current(index) == "folder class000/deep has changed"
+    index = load_or_build(folder)
+    shutil.rmtree(deep)
+    os.utime(folder / "class000", ns=(0, index.snapshot.directories[0][2]))
+    assert is_current(index) == "folder class000/deep: No such file or directory"
+    deep.touch()
+    os.utime(folder / "class000", ns=(0, index.snapshot.directories[0][2]))
+    assert is_current(index) == "folder class000/deep has changed"
+
+
+def test_a_current_index_is_neither_built_nor_written(folder, monkeypatch, caplog):
+    first = load_or_build(folder)
+    monkeypatch.setattr("pskd.data.index.build", lambda *a, **o: pytest.fail("built"))
+    (folder / "README.txt").touch()  # beside the classes: no sample
+    status = first.file.stat()
+    with caplog.at_level(logging.INFO, "pskd"):
+        again = load_or_build(folder)
+    assert caplog.messages == []
+    assert same(first, again)
+    assert first.file.stat().st_mtime_ns == status.st_mtime_ns
+    moved = folder.rename(folder.with_name("moved"))
+    assert load_or_build(moved).path(0) == f"{moved}/class000/image00000.JPEG"
+
+
+def test_a_file_added_while_the_folder_is_indexed_is_noticed_later(folder):
+    time.sleep(0.02)
+    index = build(folder, progress=lambda *at: image(folder / "class001/late.png"))
+    assert is_current(index) == "folder class001 has changed"
+
+
+def test_a_file_added_while_its_folder_is_listed_is_noticed_later(folder, monkeypatch):
+    time.sleep(0.02)
+
+    def slow_entries(directory):
+        yield from list(entries(directory))
+        if directory.endswith(b"class001"):
+            image(folder / "class001/late.png")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pskd.data.folder.entries", slow_entries)
+        index = build(folder)
+    assert len(index) == 12
+    assert is_current(index) == "folder class001 has changed"
+
+
+# --- where it lies ---------------------------------------------------------------------------
+
+
+def test_the_index_lies_beside_the_classes(folder, cache):
+    assert load_or_build(folder).file == folder / NAME
+    assert not cache.exists()
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == [NAME]
+
+
+@pytest.fixture
+def read_only_folder(read_only_directory, folder):
+    subprocess.run(["mount", "-o", "remount,rw", read_only_directory], check=True)
+    shutil.copytree(folder, read_only_directory, dirs_exist_ok=True)
+    subprocess.run(["mount", "-o", "remount,ro", read_only_directory], check=True)
+    return read_only_directory
+
+
+def test_the_index_of_a_read_only_folder_lies_in_the_cache(read_only_folder, cache, monkeypatch):
+    index = load_or_build(read_only_folder)
+    assert index.file.parent == cache
+    assert is_current(index) is None
+    assert index.file == places(read_only_folder)[1] != places(cache)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr("pskd.data.index.build", lambda *a, **o: pytest.fail("built"))
+        assert same(load_or_build(read_only_folder), index)
+        link = read_only_folder.with_name("link")
+        link.symlink_to(read_only_folder)
+        assert load_or_build(link).path(0) == f"{link}/class000/image00000.JPEG"
+
+
+def test_without_a_place_to_write_the_remedy_is_named(read_only_folder, cache):
+    cache.parent.write_text("a file in the way")
+    text = refusal(load_or_build, read_only_folder)
+    assert f"{read_only_folder / NAME}: Read-only file system; {cache}" in text
+    assert "--index-path FILE" in text
+
+
+def test_without_xdg_the_cache_is_in_the_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert places(tmp_path)[1].parent == tmp_path / ".cache/pskd"
+
+
+def test_the_index_lies_where_it_is_told_to(folder, tmp_path, cache):
+    place = tmp_path / "new" / "x.index"
+    assert load_or_build(folder, place).file == place
+    assert find(folder, place)[1] is None
+    assert find(folder) == (None, "it has no index yet")
+    assert not (folder / NAME).exists()
+
+
+def test_a_current_index_in_the_cache_goes_before_a_stale_one_beside(folder):
+    time.sleep(0.02)
+    load_or_build(folder)
+    image(folder / "class000/new.png")
+    cached = places(folder)[1]
+    write(build(folder), cached)
+    index, reason = find(folder)
+    assert (index.file, reason) == (cached, None)
+
+
+# --- labels from files -----------------------------------------------------------------------
+
+# The devkit's ids are not in the order of the names; its first leaves come before other synsets.
+SYNSETS = [
+    (1, "n03", "kit fox", 0),
+    (5, "n00", "fox", 2),
+    (3, "n01", "grey fox", 0),
+    (2, "n02", "red fox", 0),
+    (4, "n04", "wolf", 0),
+    (6, "n05", "entity", 3),
+]
+
+
+def write_meta(path):
+    """In the layout of the devkit's meta.mat."""
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O")]
+    kinds += [("num_children", "O"), ("children", "O"), ("wordnet_height", "O")]
+    kinds += [("num_train_images", "O")]
+    synsets = np.zeros((len(SYNSETS), 1), kinds)
+    for row, (number, name, words, children) in enumerate(SYNSETS):
+        below = np.arange(children, dtype=np.float64)
+        synsets[row, 0] = (number, name, words, "a gloss", children, below, 0, 1300)
+    savemat(path, {"synsets": synsets})
+    return path
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Six validation images, their ground truth, and both files of classes."""
+    numbers = [3, 1, 4, 2, 3, 1]
+    for k in range(6):
+        image(tmp_path / "val" / f"ILSVRC2012_val_{k + 1:08}.JPEG")
+    (tmp_path / "truth.txt").write_text("".join(f"{k}\n" for k in numbers))
+    write_meta(tmp_path / "meta.mat")
+    (tmp_path / "synsets.txt").write_text("n03 kit fox\nn02 red fox\nn01\nn04 wolf, or so\n\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("classes", ["meta.mat", "synsets.txt"])
+def test_labels_of_the_ground_truth_are_those_of_the_train_folder(flat, classes):
+    labels = GroundTruth(flat / "truth.txt", flat / classes)
+    index = load_or_build(flat / "val", labels=labels)
+    assert index.class_names == ("n01", "n02", "n03", "n04")
+    assert index.labels_N.tolist() == [0, 2, 3, 1, 0, 2]
+    assert relatives(index) == [b"ILSVRC2012_val_%08d.JPEG" % k for k in range(1, 7)]
+    assert is_current(index) is None
+    for name in ("n04", "n03", "n02", "n01"):
+        image(flat / "train" / name / "x.JPEG")
+    check_same_classes(build(flat / "train"), index)
+
+
+def test_a_labelled_index_is_found_without_its_files_but_not_renewed(flat):
+    labels = GroundTruth(flat / "truth.txt", flat / "synsets.txt")
+    index = load_or_build(flat / "val", labels=labels)
+    assert same(load_or_build(flat / "val"), index)
+    image(flat / "val/extra.jpg")
+    text = refusal(load_or_build, flat / "val")
+    assert "out of date: other images lie in" in text
+    command = f"pskd index {flat}/val --ground-truth {flat}/truth.txt --classes {flat}/synsets.txt"
+    assert f"Run `{command}`." in text
+    assert "has 6 lines, but" in refusal(load_or_build, flat / "val", labels=labels)
+    (flat / "val/extra.jpg").unlink()
+    other = GroundTruth(flat / "truth.txt", flat / "meta.mat")
+    assert load_or_build(flat / "val", labels=other).labels_from == other.options
+
+
+def test_bad_files_keep_the_labels_of_the_others(flat):
+    (flat / "val/ILSVRC2012_val_00000002.JPEG").write_bytes(b"")
+    labels = GroundTruth(flat / "truth.txt", flat / "meta.mat")
+    text = refusal(build, flat / "val", labels=labels)
+    assert f"--classes {flat}/meta.mat --drop-bad`" in text
+    index = build(flat / "val", labels=labels, drop_bad=True)
+    assert index.labels_N.tolist() == [0, 3, 1, 0, 2]
+    assert index.class_names == ("n01", "n02", "n03", "n04")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("truth.txt", b"3\n1\n4\n2\n3\n", "has 5 lines, but"),
+        ("truth.txt", b"3\n1\n4\n2\n3\n5\n", "truth.txt:6: 5 is outside 1..4."),
+        ("truth.txt", b"3\n0\n4\n2\n3\n1\n", "truth.txt:2: 0 is outside 1..4."),
+        ("truth.txt", b"3\n1\nfox\n2\n3\n1\n", "truth.txt:3: fox is not an integer 1..4."),
+        ("truth.txt", b"3\n1\n1_0\n2\n3\n1\n", "truth.txt:3: 1_0 is not an integer 1..4."),
+        ("truth.txt", b"9" * 9999, "is not an integer 1..4."),
+        ("truth.txt", None, "truth.txt cannot be read: No such file or directory."),
+        ("synsets.txt", None, "synsets.txt cannot be read: No such file or directory."),
+        ("synsets.txt", b"\n", "synsets.txt names no class."),
+        ("synsets.txt", b"a\nb\na\n", "synsets.txt:3: class a is in line 1 already."),
+        ("meta.mat", None, "meta.mat: No such file or directory."),
+        ("meta.mat", b"not a mat file", "is not the meta.mat of the ILSVRC2012 devkit"),
+        ("meta.mat", b"", "is not the meta.mat of the ILSVRC2012 devkit"),
+    ],
+)
+def test_mistakes_in_the_ground_truth_are_named(flat, name, content, says):
+    (flat / name).unlink()
+    if content is not None:
+        (flat / name).write_bytes(content)
+    classes = flat / (name if name != "truth.txt" else "synsets.txt")
+    text = refusal(build, flat / "val", labels=GroundTruth(flat / "truth.txt", classes))
+    assert says in text
+    assert str(flat / name) in text
+
+
+def test_leaves_with_other_ids_are_refused(flat, monkeypatch):
+    monkeypatch.setitem(globals(), "SYNSETS", [s for s in SYNSETS if s[0] != 2])
+    write_meta(flat / "meta.mat")
+    labels = GroundTruth(flat / "truth.txt", flat / "meta.mat")
+    assert "its 3 leaves do not have the ids 1..3" in refusal(build, flat / "val", labels=labels)
+
+
+def test_the_ground_truth_is_for_flat_folders_only(flat):
+    image(flat / "val/n01/x.JPEG")
+    labels = GroundTruth(flat / "truth.txt", flat / "meta.mat")
+    assert "has folders: n01" in refusal(build, flat / "val", labels=labels)
+
+
+@pytest.fixture
+def listed(tmp_path):
+    def write_list(text, classes=None):
+        (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        if classes is not None:
+            (tmp_path / "classes.txt").write_text(classes)
+        return PathList(
+            tmp_path / "list.txt", None if classes is None else tmp_path / "classes.txt"
+        )
+
+    for name in ("b.png", "a b.png", " c#.png", "x/y/d.png", "x/e.data"):
+        image(tmp_path / "listed" / name)
+    return tmp_path / "listed", write_list
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "names", "labels"),
+    [
+        ("b.png 2\n\n./x//e.data 0\r\na b.png\t0\n", None, ("0", "1", "2"), [0, 2, 0]),
+        ("b.png 1\nx/e.data 0\na b.png 0\n", "dog\ncat\nant\n", ("dog", "cat", "ant"), [0, 1, 0]),
+        ("b.png dog\nx/e.data cat\na b.png 7\n", None, ("7", "cat", "dog"), [0, 2, 1]),
+        ("b.png dog\nx/e.data cat\na b.png cat", "dog\ncat\na", ("a", "cat", "dog"), [1, 2, 1]),
+    ],
+)
+def test_labels_of_a_list(listed, text, classes, names, labels):
+    root, write_list = listed
+    index = saved(root, labels=write_list(text, classes))
+    assert relatives(index) == [b"a b.png", b"b.png", b"x/e.data"]
+    assert index.class_names == names
+    assert index.labels_N.tolist() == labels
+    assert is_current(index) is None
+
+
+def test_the_fingerprint_tells_names_of_classes_apart(listed):
+    root, write_list = listed
+    indexes = [build(root, labels=write_list(f"b.png {name}\n")) for name in ("cat", "dog")]
+    assert indexes[0].fingerprint != indexes[1].fingerprint
+    assert np.array_equal(indexes[0].labels_N, indexes[1].labels_N)
+
+
+def test_a_list_takes_odd_paths_and_notices_changes(listed):
+    root, write_list = listed
+    image(root / os.fsdecode(b"\xff.png"))
+    time.sleep(0.02)
+    labels = write_list(b" c#.png 1\n\xff.png 0\nx/y/d.png 1\n")
+    index = saved(root, labels=labels)
+    assert relatives(index) == [b" c#.png", b"x/y/d.png", b"\xff.png"]
+    assert [row[:2] for row in index.snapshot.directories] == [("x/y", 1)]
+    (root / "x/y/d.png").unlink()
+    assert is_current(index) == "folder x/y has changed"
+    assert f"--list {root.parent}/list.txt`" in refusal(load_or_build, root)
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "says"),
+    [
+        ("b.png 0\nnone.png 1\n", None, "list.txt:2: "),
+        ("b.png 0\nnone.png 1\n", None, "has no none.png."),
+        ("b.png 0\n\na b.png cat\n", None, "list.txt:3: cat is not an integer 0..999999."),
+        ("b.png 0\na b.png -1\n", None, "list.txt:2: -1 is outside 0..999999."),
+        ("b.png 1000000\n", None, "list.txt:1: 1000000 is outside 0..999999."),
+        ("b.png 0\na b.png 2\n", "cat\ndog\n", "list.txt:2: 2 is outside 0..1."),
+        ("b.png cat\na b.png ant\n", "cat\ndog\n", "list.txt:2: class ant is not in"),
+        ("b.png 0\n./b.png 0\n", None, "list.txt:2: b.png was listed in line 1 already."),
+        ("b.png 0\nb.png\n", None, "list.txt:2: b.png is not `path label`."),
+        ("/b.png 0\n", None, "list.txt:1: /b.png is not relative to"),
+        ("x/../../b.png 0\n", None, "list.txt:1: ../b.png is not relative to"),
+        ("\n \n", None, "list.txt has no line `path label`."),
+    ],
+)
+def test_mistakes_in_a_list_are_named(listed, text, classes, says):
+    root, write_list = listed
+    assert says in refusal(build, root, labels=write_list(text, classes))
+
+
+def test_different_classes_are_named():
+    def index(*names):
+        return synthetic(Path("/", "".join(names)), [b"x"], class_names=names)
+
+    check_same_classes(index("a", "b"), index("a", "b"))
+    text = refusal(check_same_classes, index("a", "b", "n\n"), index("b", "d"))
+    assert "only in '/abn\\n': a, 'n\\n'; only in /bd: d." in text
+    text = refusal(check_same_classes, index("a", "b"), index("b", "a"))
+    assert "label 0 is a in the first and b in the second" in text
+    many = [f"c{k:02}" for k in range(25)]
+    assert "c20 and 4 more." in refusal(check_same_classes, index(*many), index("c00"))
+
+
+# --- verify ----------------------------------------------------------------------------------
+
+
+def test_verify_finds_what_the_folders_do_not_show(folder):
+    index = load_or_build(folder)
+    assert verify(index) == []
+    files = [Path(index.path(k)) for k in range(len(index))]
+    whole = files[0].read_bytes()
+    rewritten_later(files[1], whole[:-100])
+    rewritten_later(files[2], b"")
+    rewritten_later(files[3], files[3].read_bytes() + b"\0")
+    turned = io.BytesIO()
+    Image.open(files[5]).transpose(Image.Transpose.ROTATE_90).save(turned, "JPEG")
+    rewritten_later(files[5], turned.getvalue()[: index.bytes_N[5]].ljust(index.bytes_N[5], b"\0"))
+    assert is_current(index) is None
+    found = dict(verify(index, workers=2))
+    assert set(found) == {as_text(index.relative(k)) for k in (1, 2, 3, 5)}
+    assert "truncated" in found["class000/image00001.JPEG"]
+    assert found["class000/image00002.JPEG"] == "empty"
+    size = int(index.bytes_N[3])
+    assert found["class000/image00003.JPEG"] == f"{size + 1} bytes, in the index {size}"
+    assert "pixels wide" in found["class001/image00001.JPEG"]
+    assert is_current(index) is None
+
+
+def test_verify_finds_a_gone_file_and_a_damaged_index(folder):
+    index = load_or_build(folder)
+    content = bytearray(index.file.read_bytes())
+    (folder / "class000/image00000.JPEG").unlink()
+    assert verify(index) == [("class000/image00000.JPEG", "no such file")]
+    content[-1] ^= 1
+    index.file.unlink()
+    index.file.write_bytes(content)
+    assert "is damaged (fingerprint differs)" in refusal(verify, open_index(index.file, folder))
+
+
+def test_build_can_leave_out_what_does_not_decode(nasty):
+    root, files = nasty
+    index = build(root, drop_bad=True, decode=True)
+    left_out = {f"class/{files[what].name}" for what in (*BAD_HEADERS, *BAD_BODIES)}
+    assert {path for path, _ in index.dropped} == left_out
+    assert verify(index) == []
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_the_command_reports_what_it_found(folder, capsys):
+    image(folder / "class001/large.png", (640, 480))
+    assert main(["index", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    index = open_index(folder / NAME, folder)
+    pixels = int((index.widths_N.astype(int) * index.heights_N).sum())
+    assert out.splitlines() == [
+        f"{folder}: 13 images of 3 classes",
+        f"  size         {index.bytes_N.sum() / 1e6:.1f} MB, {pixels / 1e6:.1f} megapixels",
+        "  largest      640x480, class001/large.png",
+        f"  fingerprint  {index.fingerprint}",
+        f"  index        {folder}/{NAME}",
+    ]
+    assert err == ""
+    (folder / "class001/bad.jpg").touch()
+    assert main(["index", str(folder)]) == 1
+    assert "class001/bad.jpg: empty" in capsys.readouterr().err
+    assert main(["index", str(folder), "--drop-bad", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.endswith("  left out     1\n  class001/bad.jpg: empty\n")
+
+
+def test_the_command_verifies_against_the_index_there_is(folder, capsys):
+    assert main(["index", str(folder), "--verify"]) == 0
+    assert "verified     every file decodes" in capsys.readouterr().out
+    path = folder / "class002/image00001.JPEG"
+    rewritten_later(path, path.read_bytes()[:-50])
+    assert main(["index", str(folder), "--verify"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"error: 1 of 12 files are not as {folder}/{NAME} says, or do not decode:" in err
+    assert "class002/image00001.JPEG: " in err
+    assert f"`pskd index {folder} --drop-bad --verify`" in err
+    assert main(["index", str(folder), "--verify", "--drop-bad"]) == 0
+    assert "11 images of 3 classes" in capsys.readouterr().out
+    assert main(["index", str(folder), "--verify"]) == 0
+
+
+def test_the_command_indexes_train_and_val(flat, capsys):
+    for name in ("n04", "n03", "n02", "n01"):
+        image(flat / "set/train" / name / "x.JPEG")
+    (flat / "val").rename(flat / "set/val")
+    (flat / "set/.hidden").mkdir()
+    assert main(["index", str(flat / "set")]) == 1
+    out, err = capsys.readouterr()
+    assert f"{flat}/set/train: 4 images of 4 classes" in out
+    assert f"{flat}/set/val has no class folders" in err
+    truth = ["--ground-truth", str(flat / "truth.txt"), "--classes", str(flat / "meta.mat")]
+    assert main(["index", str(flat / "set"), *truth]) == 0
+    assert f"{flat}/set/val: 6 images of 4 classes" in capsys.readouterr().out
+    assert main(["index", str(flat / "set"), "--verify"]) == 0
+    image(flat / "set/train/n05/x.JPEG")
+    assert main(["index", str(flat / "set"), *truth]) == 1
+    assert f"only in {flat}/set/train: n05." in capsys.readouterr().err
+    for option in ("--list", "--index-path"):
+        assert main(["index", str(flat / "set"), option, "x"]) == 1
+        assert f"{option} is for one folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--list=a", "--ground-truth=b"], "--list and --ground-truth exclude each other"),
+        (["--ground-truth=b"], "--ground-truth needs --classes"),
+        (["--classes=b"], "--classes goes with --ground-truth or --list"),
+        (["--workers=0"], "--workers 0"),
+        (["--list=/none"], "/none cannot be read"),
+    ],
+)
+def test_wrong_options_are_refused(folder, capsys, options, says):
+    assert main(["index", str(folder), *options]) == 1
+    assert says in capsys.readouterr().err
+    assert not (folder / NAME).exists()
+
+
+def test_the_command_says_why_it_builds_before_it_verifies(folder):
+    command = [sys.executable, "-m", "pskd.cli", "index", folder, "--verify"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == f"looking at the images of {folder}: it has no index yet\n"
+    assert subprocess.run(command, capture_output=True, check=True).stderr == b""
+
+
+def test_indexing_imports_no_torch(folder):
+    program = (
+        "import sys; from pskd.cli import main; main(['index', sys.argv[1]]); "
+        "sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, folder], check=True, capture_output=True)
+
+
+# --- scripts/imagenet_from_tars.sh -----------------------------------------------------------
+
+
+def pack(path, files, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def tars(flat):
+    """The three files of ImageNet, small; in val the images are stored in another order."""
+    folder = flat / "tars"
+    folder.mkdir()
+    picture = image(flat / "picture.png").read_bytes()
+    classes = {
+        f"{name}.tar": pack(flat / "class.tar", {f"{name}_{k}.JPEG": picture for k in range(2)})
+        for name in ("n02", "n01", "n04", "n03")
+    }
+    pack(folder / "ILSVRC2012_img_train.tar", classes)
+    names = sorted((p.name for p in (flat / "val").iterdir()), reverse=True)
+    pack(folder / "ILSVRC2012_img_val.tar", dict.fromkeys(names, picture))
+    data = "ILSVRC2012_devkit_t12/data"
+    devkit = {
+        "ILSVRC2012_devkit_t12/readme.txt": b"read me",
+        f"{data}/meta.mat": (flat / "meta.mat").read_bytes(),
+        f"{data}/ILSVRC2012_validation_ground_truth.txt": (flat / "truth.txt").read_bytes(),
+    }
+    pack(folder / "ILSVRC2012_devkit_t12.tar.gz", devkit, "w:gz")
+    return folder
+
+
+def unpack(tars, out):
+    return subprocess.run(
+        [ROOT / "scripts/imagenet_from_tars.sh", tars, out],
+        env={**os.environ, "PSKD": f"{sys.executable} -m pskd.cli"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_imagenet_is_unpacked_and_indexed(tars, tmp_path):
+    out = tmp_path / "a b" / "imagenet"
+    done = unpack(tars, out)
+    assert done.returncode == 0, done.stderr
+    train, validation = load_or_build(out / "train"), load_or_build(out / "val")
+    assert len(train) == 8
+    assert train.labels_N.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert validation.labels_N.tolist() == [0, 2, 3, 1, 0, 2]
+    check_same_classes(train, validation)
+    assert sorted(p.name for p in out.iterdir()) == [".devkit", "train", "val"]
+    assert sorted(p.name for p in (out / "train").iterdir()) == [NAME, "n01", "n02", "n03", "n04"]
+
+
+def test_unpacking_goes_on_where_it_was_stopped(tars, tmp_path):
+    out = tmp_path / "out"
+    assert unpack(tars, out).returncode == 0
+    inode = (out / "train/n02/n02_0.JPEG").stat().st_ino
+    shutil.rmtree(out / "train/n04")
+    (out / "train/.making").mkdir()
+    (out / "train/.making/n04_0.JPEG").write_bytes(b"half")
+    (out / "val").rename(out / ".val")
+    (out / ".val/ILSVRC2012_val_00000001.JPEG").unlink()
+    done = unpack(tars, out)
+    assert done.returncode == 0, done.stderr
+    assert len(load_or_build(out / "train")) == 8
+    assert len(load_or_build(out / "val")) == 6
+    assert (out / "train/n02/n02_0.JPEG").stat().st_ino == inode
+
+
+def cut(path, part):
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda t: (t / "ILSVRC2012_img_val.tar").unlink(), "ILSVRC2012_img_val.tar is missing"),
+        (lambda t: cut(t / "ILSVRC2012_img_train.tar", 0.4), "ILSVRC2012_img_train.tar cannot be"),
+        (lambda t: cut(t / "ILSVRC2012_img_val.tar", 0.452), "ILSVRC2012_img_val.tar cannot be"),
+        (lambda t: pack(t / "ILSVRC2012_img_val.tar", {"x": b""}), "img_val.tar has 1 images, but"),
+        (lambda t: cut(t / "ILSVRC2012_devkit_t12.tar.gz", 0.4), "t12.tar.gz is not the devkit"),
+        (
+            lambda t: pack(t / "ILSVRC2012_img_train.tar", {"n01.tar": b"garbage" * 999}),
+            "n01.tar in",
+        ),
+    ],
+)
+def test_damaged_tars_are_named(tars, tmp_path, damage, says):
+    damage(tars)
+    done = unpack(tars, tmp_path / "out")
+    assert done.returncode == 1
+    assert says in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out/val").exists()
+
+
+def test_too_little_space_is_said_before_unpacking(tars, read_only_directory):
+    subprocess.run(["mount", "-o", "remount,rw,size=100k", read_only_directory], check=True)
+    pack(tars / "ILSVRC2012_img_val.tar", {"x.JPEG": bytes(2_000_000)})
+    done = unpack(tars, read_only_directory)
+    assert done.returncode == 1
+    assert "MB are needed" in done.stderr
+    assert not (read_only_directory / "train/n01").exists()
