@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pskd.data.catalog import DATASETS
+from pskd.data.catalog import DATASETS, FOLDER
 from pskd.fields import TAGS, content, known, numerics, output, require, speed
 from pskd.methods.sections import MethodSection
 from pskd.models import MODELS
@@ -53,23 +53,105 @@ class RunSection:
 class DataSection:
     """What is trained on, and its augmentation."""
 
-    name: str = numerics("digits", "the data set")
+    name: str = numerics("digits", f"the data set; {FOLDER}: a folder of encoded images")
     root: str | None = output(None, "the folder that holds it (default: data)")
     download: bool = output(False, "fetch it if it is not there")
-    limit: int = numerics(0, "train the first so many samples; 0: all")
+    limit: int = numerics(0, "train so many samples, the first (of a folder: of smallest hash)")
     held_out: int = numerics(0, "validate on so many training samples instead of the test split")
     pad_to: int = numerics(0, "black borders up to so many pixels; 0: none")
     crop_padding: int = numerics(0, "random crop out of the image padded by so many pixels")
     flip: bool = numerics(False, "random horizontal flip")
     last_batch: Literal["train", "drop"] = numerics("train", "what becomes of the short last batch")
 
+    index_path: str | None = output(
+        None, "folder: index of the training images (default: beside them, else in the cache)"
+    )
+    val_index_path: str | None = output(None, "folder: the same of the validation images")
+    augment: Literal["standard", "pskd-imagenet"] = numerics(
+        "standard", "folder: random resized crop; or with the public code's colours as well"
+    )
+    image_size: int = numerics(224, "folder: pixels of a side of what the network sees")
+    resize_schedule: list[list[int]] = numerics(
+        [], "folder: [[first epoch, pixels], ...] of training images, instead of image_size"
+    )
+    crop_scale: list[float] = numerics([0.08, 1.0], "folder: share of the area that is cut out")
+    crop_ratio: list[float] = numerics([3 / 4, 4 / 3], "folder: its width by its height")
+    validation_resize: int = numerics(
+        256, "folder: pixels of the shorter side before the centre is cut out"
+    )
+    interpolation: Literal["linear", "cubic", "lanczos"] = numerics(
+        "linear", "folder: how images are resized, anti-aliased"
+    )
+    on_bad_image: Literal["stop", "substitute"] = numerics(
+        "stop",
+        "folder: an image that cannot be decoded stops the run, or is a grey one of weight 0",
+    )
+    decoder: Literal["auto", "cpu", "mixed"] = numerics(
+        "auto", "folder: where images are decoded; auto: on the GPU (mixed) if there is one"
+    )
+    hw_decoder_load: float = numerics(
+        0.65, "folder: share of images for the GPU's decoding engine, if it has one"
+    )
+    threads: int = speed(0, "folder: decoding threads a rank; 0: its share of the cores")
+    prefetch: int = speed(2, "folder: batches decoded ahead")
+
     def check(self) -> None:
-        """The data set exists."""
-        known(self.name, DATASETS, "data.name")
-        for name in ("limit", "held_out", "pad_to", "crop_padding"):
+        """The data set exists, and no key is set that it does not read."""
+        known(self.name, [*DATASETS, FOLDER], "data.name")
+        for name in ("limit", "held_out", "pad_to", "crop_padding", "threads"):
             value = getattr(self, name)
             require(value >= 0, f"data.{name}", value, "use 0 or more.")
         require(self.root != "", "data.root", "''", "name a folder, or leave the flag out.")
+        self._refuse_unread()
+        for name in ("image_size", "validation_resize", "prefetch"):
+            value = getattr(self, name)
+            require(value >= 1, f"data.{name}", value, "use 1 or more.")
+        require(
+            self.validation_resize >= self.image_size,
+            "data.validation_resize",
+            self.validation_resize,
+            f"use at least data.image_size {self.image_size}: the centre is cut out.",
+        )
+        for name, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+            value = getattr(self, name)
+            require(
+                len(value) == 2 and 0 < value[0] <= value[1] <= top,
+                f"data.{name}",
+                value,
+                "give [smallest, largest], above 0" + (" and at most 1." if top == 1 else "."),
+            )
+        epochs = [entry[0] for entry in self.resize_schedule if len(entry) == 2]
+        require(
+            len(epochs) == len(self.resize_schedule)
+            and epochs == sorted(set(epochs))
+            and all(e >= 0 and size >= 1 for e, size in self.resize_schedule),
+            "data.resize_schedule",
+            self.resize_schedule,
+            "give [[epoch, pixels], ...] with rising epochs from 0 on.",
+        )
+        require(
+            0 <= self.hw_decoder_load <= 1,
+            "data.hw_decoder_load",
+            self.hw_decoder_load,
+            "use a share from 0 to 1.",
+        )
+
+    def _refuse_unread(self) -> None:
+        """A key that this data set does not read would promise what is not done."""
+        of_arrays = {"download", "pad_to", "crop_padding"}
+        everywhere = {"name", "root", "limit", "held_out", "flip", "last_batch"}
+        for field in dataclasses.fields(self):
+            of_folder = field.name not in of_arrays
+            if field.name in everywhere or of_folder == (self.name == FOLDER):
+                continue
+            default = default_of(field)
+            whose = f"data.name {FOLDER}" if of_folder else "data sets held in memory"
+            require(
+                getattr(self, field.name) == default,
+                f"data.{field.name}",
+                getattr(self, field.name),
+                f"only {whose} read it. Leave it out, or choose another data.name.",
+            )
 
 
 @dataclass(frozen=True)
@@ -266,7 +348,7 @@ class Config:
     def defaults(self) -> dict[str, Any]:
         """Flat `section.field` -> default of every field."""
         return {
-            f"{section}.{f.name}": f.default_factory() if callable(f.default_factory) else f.default
+            f"{section}.{f.name}": default_of(f)
             for section, kind in section_types(type(self.method))
             for f in dataclasses.fields(kind)
         }
@@ -279,6 +361,11 @@ class Config:
             for f in dataclasses.fields(kind)
             if f.metadata["tag"] == tag
         }
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field of a section."""
+    return field.default_factory() if callable(field.default_factory) else field.default
 
 
 def section_types(method: type[MethodSection]) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,10 @@
 Each kind of draw has a named stream ("crop", "flip", ...), so adding one never shifts another,
 and a sample's augmentation is the same on any world, thread count or resume.
 
-Letters: B samples, K columns.
+A second view of a sample in the same epoch (of a partner, for example) has streams of its own:
+`view` is a prefix of their names.
+
+Letters: B samples, K columns, T tries.
 """
 
 import numpy as np
@@ -36,9 +39,66 @@ def shifts(seed: int, epoch: int, ids_B: Ids, padding: int) -> npt.NDArray[np.in
     return integers(seed, epoch, ids_B, "crop", 2, 2 * padding + 1)
 
 
-def flips(seed: int, epoch: int, ids_B: Ids) -> npt.NDArray[np.bool_]:
+def flips(seed: int, epoch: int, ids_B: Ids, view: str = "") -> npt.NDArray[np.bool_]:
     """Horizontal flip with probability one half: bool (B,). Stream "flip"."""
-    return uniforms(seed, epoch, ids_B, "flip", 1)[:, 0] < 0.5
+    return uniforms(seed, epoch, ids_B, f"{view}flip", 1)[:, 0] < 0.5
+
+
+_TRIES = 10  # for a window that fits; then the largest central one of an allowed ratio
+
+
+def windows(
+    seed: int,
+    epoch: int,
+    ids_B: Ids,
+    widths_B: npt.NDArray[np.int32],
+    heights_B: npt.NDArray[np.int32],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    view: str = "",
+) -> npt.NDArray[np.int32]:
+    """Random windows of an image, as torchvision's RandomResizedCrop distributes them.
+
+    int32 (B, 4): y, x, height, width, in pixels. scale: share of the area, uniform. ratio: width
+    by height, uniform in its logarithm. Stream "crop".
+    """
+    u_BT4 = uniforms(seed, epoch, ids_B, f"{view}crop", 4 * _TRIES).reshape(-1, _TRIES, 4)
+    width_B1, height_B1 = (side_B.astype(np.float64)[:, None] for side_B in (widths_B, heights_B))
+    area_BT = (scale[0] + (scale[1] - scale[0]) * u_BT4[..., 0]) * width_B1 * height_B1
+    low, high = np.log(ratio)
+    shape_BT = np.exp(low + (high - low) * u_BT4[..., 1])
+    w_BT, h_BT = np.rint(np.sqrt(area_BT * shape_BT)), np.rint(np.sqrt(area_BT / shape_BT))
+    fits_BT = (w_BT > 0) & (w_BT <= width_B1) & (h_BT > 0) & (h_BT <= height_B1)
+    first_B, rows = fits_BT.argmax(axis=1), np.arange(len(ids_B))
+    w_B, h_B = w_BT[rows, first_B], h_BT[rows, first_B]
+    y_B = np.floor(u_BT4[rows, first_B, 2] * (height_B1[:, 0] - h_B + 1))
+    x_B = np.floor(u_BT4[rows, first_B, 3] * (width_B1[:, 0] - w_B + 1))
+    drawn_B4 = np.stack([y_B, x_B, h_B, w_B], axis=1)
+    fallback_B4 = _central_windows(width_B1[:, 0], height_B1[:, 0], ratio)
+    found_B1 = fits_BT.any(axis=1)[:, None]
+    return np.where(found_B1, drawn_B4, fallback_B4).astype(np.int32)
+
+
+def _central_windows(
+    width_B: npt.NDArray[np.float64], height_B: npt.NDArray[np.float64], ratio: tuple[float, float]
+) -> npt.NDArray[np.float64]:
+    """The largest windows of an allowed ratio, in the middle; (B, 4)."""
+    shape_B = width_B / height_B
+    w_B = np.where(shape_B > ratio[1], np.rint(height_B * ratio[1]), width_B)
+    h_B = np.where(shape_B < ratio[0], np.rint(width_B / ratio[0]), height_B)
+    w_B, h_B = np.maximum(w_B, 1), np.maximum(h_B, 1)
+    return np.stack([(height_B - h_B) // 2, (width_B - w_B) // 2, h_B, w_B], axis=1)
+
+
+def normals(
+    seed: int, epoch: int, ids_B: Ids, stream: str, columns: int
+) -> npt.NDArray[np.float64]:
+    """Standard normal draws: float64 (B, columns), by Box and Muller."""
+    u_BK2 = uniforms(seed, epoch, ids_B, stream, 2 * columns).reshape(-1, columns, 2)
+    radius_BK = np.sqrt(-2 * np.log1p(-u_BK2[..., 0]))  # 1 - u is never 0
+    normal_BK: npt.NDArray[np.float64] = radius_BK * np.cos(2 * np.pi * u_BK2[..., 1])
+    return normal_BK
 
 
 def crop_grid(

@@ -12,12 +12,11 @@ from pskd import deepspeed_config, launch, mirror, models, run_dir, world
 from pskd.checkpoint import Checkpoints, Position, Stateful
 from pskd.command_line import Invocation
 from pskd.config import Config
-from pskd.data.arrays import ArrayData
-from pskd.data.catalog import Catalog, load
 from pskd.engine import Engine
 from pskd.errors import EXIT_FAILED, AgreedError, PskdError
 from pskd.failure import understand
 from pskd.fields import TAGS
+from pskd.loading import AnyCatalog, loader, samples
 from pskd.methods import registry
 from pskd.order import Plan
 from pskd.run_dir import RunDir, Start, Status
@@ -30,7 +29,8 @@ from pskd.world import World
 log = logging.getLogger("pskd")
 
 
-_OF_A_NODE = ("data.root", "run.dir", "run.root")  # rank 0's run directory counts for all
+# May differ between nodes:
+_OF_A_NODE = ("data.root", "data.index_path", "data.val_index_path", "run.dir", "run.root")
 
 
 @dataclass
@@ -82,7 +82,7 @@ class _Job:
         log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
         threads = world.set_threads(config.run.threads, here)
         _compare_configurations(config, here)
-        catalog, plan = _data(config, here)
+        catalog, plan = samples(config, here)
         settings = _deepspeed_settings(config, plan, here)
         directory, sites = open_directory(config, settings, self.invocation.recipe, here)
         self.path = directory.path
@@ -92,6 +92,7 @@ class _Job:
             config, settings, here, sites, catalog, plan, directory, start, origin
         )
         code = trainer.run(position)
+        trainer.data.close()
         if trainer.store is not None:
             trainer.store.close()
         world.stop(here)
@@ -129,40 +130,6 @@ def _compare_configurations(config: Config, here: World) -> None:
             )
 
 
-def _data(config: Config, here: World) -> tuple[Catalog, Plan]:
-    """The samples, equal on all ranks, and how they are dealt out."""
-    # Fetching is for one process at a time: rank 0, then one of each other node, then the rest.
-    turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
-    for now in range(3) if config.data.download else [turn]:
-        with here.together():
-            if turn == now:
-                catalog = load(
-                    config.data.name,
-                    root=config.data.root,
-                    download=config.data.download,
-                    held_out=config.data.held_out,
-                    limit=config.data.limit,
-                    pad_to=config.data.pad_to,
-                )
-    plan = Plan(
-        n=len(catalog.train),
-        global_batch=config.train.batch_size,
-        world=here.size,
-        accumulation=config.train.accumulation,
-        last_batch=config.data.last_batch,
-    )
-    with here.together():
-        plan.check()
-    fingerprints = here.gather(catalog.fingerprint)
-    odd = [rank for rank, f in enumerate(fingerprints) if f != fingerprints[0]]
-    if odd:
-        raise AgreedError(
-            f"data.name {config.data.name}: ranks {odd} read other samples than rank 0. "
-            "Give every node the same data."
-        )
-    return catalog, plan
-
-
 def _deepspeed_settings(config: Config, plan: Plan, here: World) -> dict[str, Any]:
     with here.together():
         settings = deepspeed_config.complete(
@@ -180,7 +147,7 @@ def _prepare(
     settings: dict[str, Any],
     here: World,
     sites: Sites,
-    catalog: Catalog,
+    catalog: AnyCatalog,
     plan: Plan,
     directory: RunDir,
     start: Start,
@@ -223,9 +190,7 @@ def _prepare(
         world=here,
         sites=sites,
         run_dir=directory,
-        data=ArrayData(
-            catalog, here.device, config.train.seed, config.data.crop_padding, config.data.flip
-        ),
+        data=loader(config, here, catalog),
         plan=plan,
         num_classes=catalog.num_classes,
         engine=engine,

@@ -9,6 +9,7 @@ micro-batch and are each other's mixing partners (an odd last sample has none).
 Letters: N samples, G global batch, B samples of one micro-batch, W ranks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -120,6 +121,12 @@ class Plan:
             f"Use {', or '.join(remedies)}."
         )
 
+    @property
+    def largest_micro_batch(self) -> int:
+        """Samples of the largest micro-batch of any rank and step."""
+        part = max(np.diff(partition(self.global_batch, self.world)).tolist())
+        return int(max(np.diff(partition(part, self.accumulation)).tolist()))
+
     def part(self, step: int, rank: int) -> tuple[int, int]:
         """Bounds of the rank's part of a step, as positions in the epoch's order."""
         start = step * self.global_batch
@@ -135,6 +142,25 @@ class Plan:
             MicroBatch(epoch, step, m, order_N[low + a : low + b], scale)
             for m, (a, b) in enumerate(pairwise(cuts))
         ]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The micro-batches of one rank from any position on, up to the end of the last epoch."""
+
+    plan: Plan
+    seed: int
+    epochs: int
+    rank: int
+
+    def start(self, epoch: int, step: int, micro: int = 0) -> Iterator[MicroBatch]:
+        """From this micro-batch on, in the order of training."""
+        for e in range(epoch, self.epochs):
+            order_N = epoch_order(self.seed, e, self.plan.n)
+            for s in range(step, self.plan.steps):
+                yield from self.plan.micro_batches(order_N, e, s, self.rank)[micro:]
+                micro = 0
+            step = 0
 
 
 def _admissible(sizes: set[int], world: int, accumulation: int) -> bool:

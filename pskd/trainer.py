@@ -15,14 +15,14 @@ from torch import Tensor
 from pskd import mirror
 from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
-from pskd.data.arrays import ArrayData
+from pskd.data.interface import Data
 from pskd.engine import Engine
 from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError
 from pskd.guard import Guard, StopRequest
 from pskd.hashing import hash64
 from pskd.methods.interface import Method, Past
 from pskd.metrics import MEASURES, Accumulator, Records, measures
-from pskd.order import Ids, Plan, epoch_order
+from pskd.order import Ids, Plan, Walk, epoch_order
 from pskd.progress import Progress, readable
 from pskd.run_dir import RunDir, Status
 from pskd.schedule import lr_at
@@ -39,13 +39,15 @@ class History:
     """What has been measured so far; part of every checkpoint.
 
     lines: of metrics.jsonl. best: the line of lowest top-1 error, the earliest of equals.
-    loss_sum, samples: over the steps of the epoch in progress.
+    loss_sum, samples: over the steps of the epoch in progress. absent: ids of images that could
+    not be decoded, of this rank only until they are gathered.
     """
 
     lines: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     loss_sum: float = 0.0
     samples: int = 0
+    absent: list[int] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -75,7 +77,7 @@ class Trainer:
     world: World
     sites: Sites
     run_dir: RunDir
-    data: ArrayData
+    data: Data
     plan: Plan
     num_classes: int
     engine: Engine
@@ -97,6 +99,8 @@ class Trainer:
         """Train from `position` on; returns the exit code."""
         first_step = position.step
         self._saved = position
+        walk = Walk(self.plan, self.config.train.seed, self.config.train.epochs, self.world.rank)
+        self.data.begin(walk, *position)
         with self._stop.listening():
             self._begin(position)
             for epoch in range(position.epoch, self.config.train.epochs):
@@ -154,18 +158,28 @@ class Trainer:
             self.store.prefetch(self._ids(order_N, epoch, step + 1))
         lr = self._lr(epoch, step)
         losses, rows, first = [], [], 0
+        absent: list[int] = []
         for micro in micros:
             part = slice(first, first + len(micro.ids_B))
             first = part.stop
             self._seed_generators(epoch, step, micro.micro)
             batch = self.data.train_batch(micro)
+            absent += [part.start + row for row in batch.absent]
             output = self.method(self.engine.forward, batch, past and past.part(part))
             loss_B = output.loss_B * batch.weight_B * micro.scale
             self.engine.backward_and_step(loss_B.sum(), lr)
             losses.append(loss_B.detach() / len(micros))
             if output.remember_BC is not None:
                 rows.append(output.remember_BC)
-        return _Step(epoch, step, ids_B, torch.cat(losses), torch.cat(rows) if rows else None)
+        remember_BC = torch.cat(rows) if rows else None
+        if absent:
+            # They keep their older rows: what a grey image looks like to the network is no news.
+            self.history.absent = sorted({*self.history.absent, *ids_B[absent].tolist()})
+            real = np.setdiff1d(np.arange(len(ids_B)), absent)
+            ids_B = ids_B[real]
+            if remember_BC is not None:
+                remember_BC = remember_BC[torch.from_numpy(real).to(remember_BC.device)]
+        return _Step(epoch, step, ids_B, torch.cat(losses), remember_BC)
 
     def _settle(self) -> None:
         """Read the verdict on the step before; only then do its rows go to the disk.
@@ -268,6 +282,9 @@ class Trainer:
             self.engine.check_finite()
         if self.store is not None:
             self.store.commit()
+        if self.config.data.on_bad_image == "substitute":
+            ids = {i for absent in self.world.gather(self.history.absent) for i in absent}
+            self.history.absent = sorted(ids)
         if self.engine.sharded:
             with self.world.together():
                 aside = self.checkpoints.open_aside(position, create=self.world.rank == 0)
@@ -302,6 +319,7 @@ class Trainer:
             "last": self.history.lines[-1],
             "best": self.history.best,
             "weights_sha256": weights_sha256(self.engine.model),
+            "images_not_decoded": self.history.absent,
         }
         self.run_dir.write_json("result.json", result)
         self.status.write("complete", None, self.config.train.epochs, 0)

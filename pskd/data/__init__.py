@@ -1,1 +1,5 @@
-"""Data: what the samples are (`catalog`), and how ids become a `Batch` (`arrays`)."""
+"""Data: what the samples are, and how ids become a `Batch`.
+
+In memory: `catalog`, one module a data set, `arrays`. Encoded files: `imagefolder`, `dali`,
+`colour`; and `index` on `index_format`, `folder`, `headers` and `labels`.
+"""

@@ -11,7 +11,7 @@ from torch import Tensor
 from pskd import draws
 from pskd.data.batch import Batch
 from pskd.data.catalog import Catalog, Split
-from pskd.order import MicroBatch
+from pskd.order import MicroBatch, Walk
 
 
 class ArrayData:
@@ -32,6 +32,12 @@ class ArrayData:
         self._std_C11 = (
             torch.tensor(catalog.std, dtype=torch.float32, device=device)[:, None, None] * 255
         )
+
+    def begin(self, walk: Walk, epoch: int, step: int) -> None:
+        """Nothing to read ahead."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def train_batch(self, micro: MicroBatch) -> Batch:
         """The samples of a micro-batch, augmented by the draws of its epoch."""

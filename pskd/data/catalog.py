@@ -24,6 +24,8 @@ DATASETS = {
     "cifar100": "pskd.data.cifar100",
 }
 
+FOLDER = "imagefolder"  # encoded images, see `imagefolder.py`; the others are held in memory
+
 DEFAULT_ROOT = Path("data")  # where data sets are looked for, and fetched to
 
 
@@ -115,13 +117,18 @@ def _hold_out(catalog: Catalog, count: int) -> Catalog:
     n = len(catalog.train)
     if count > n - 2:
         raise PskdError(f"data.held_out {count} leaves fewer than 2 of {n} samples to train.")
-    keys_N = hash64(0, "held-out", 0, np.arange(n, dtype=np.int64), columns=1)[:, 0]
-    by_hash = np.argsort(keys_N, kind="stable")
+    chosen = smallest_hashes("held-out", n, count)
     return replace(
         catalog,
-        train=catalog.train.take(np.sort(by_hash[count:])),
-        validation=catalog.train.take(np.sort(by_hash[:count])),
+        train=catalog.train.take(np.setdiff1d(np.arange(n), chosen)),
+        validation=catalog.train.take(chosen),
     )
+
+
+def smallest_hashes(stream: str, n: int, count: int) -> npt.NDArray[np.int64]:
+    """`count` of n samples, ascending: the same ones for every seed."""
+    keys_N = hash64(0, stream, 0, np.arange(n, dtype=np.int64), columns=1)[:, 0]
+    return np.sort(np.argsort(keys_N, kind="stable")[:count])
 
 
 def _pad(split: Split, size: int) -> Split:

@@ -1,0 +1,381 @@
+"""Encoded images through NVIDIA DALI: on the CPU, or decoded on a GPU, by the same graph.
+
+DALI draws nothing: which file, which window of it, mirrored or not, is a function of (seed, epoch,
+id) and comes from the plan, through an external source that runs in the trainer's thread some
+batches ahead. Reading, decoding (of the window alone) and resizing run in DALI's threads; there are
+no worker processes.
+
+Letters: B samples of a batch, R rows of it (its samples, then their partners), H, W pixels.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from pskd import draws
+from pskd.data import colour
+from pskd.data.batch import Batch
+from pskd.data.imagefolder import FolderCatalog
+from pskd.errors import PskdError
+from pskd.order import Ids, MicroBatch, Walk
+
+log = logging.getLogger("pskd")
+
+PARTNER = "partner/"  # the view of a partner: its streams of draws
+_GREY = np.frombuffer(str(Path(__file__).with_name("grey.png")).encode(), np.uint8)
+_GREY_WINDOW = np.array([0, 0, 8, 8], np.int32)
+_INTERPOLATIONS = {
+    "linear": types.INTERP_LINEAR,
+    "cubic": types.INTERP_CUBIC,
+    "lanczos": types.INTERP_LANCZOS3,
+}
+
+PartnerChoice = Callable[[int, Ids], Ids]  # (epoch, ids_B) -> ids_B of the partners
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are read and augmented; see the fields of the same names in `config.py`."""
+
+    augment: Literal["standard", "pskd-imagenet"]
+    flip: bool
+    image_size: int
+    resize_schedule: tuple[tuple[int, int], ...]
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    validation_resize: int
+    interpolation: str
+    on_bad_image: Literal["stop", "substitute"]
+    mixed: bool
+    hw_decoder_load: float
+    threads: int
+    prefetch: int
+    channels_last: bool
+
+    def size_at(self, epoch: int) -> int:
+        """Pixels of a side in an epoch: of the last entry of the schedule that has begun."""
+        begun = [size for first, size in self.resize_schedule if first <= epoch]
+        return begun[-1] if begun else self.image_size
+
+
+class _Rows(NamedTuple):
+    """What DALI is fed for one batch; windows: y, x, height, width in pixels."""
+
+    paths: list[npt.NDArray[np.uint8]]
+    windows_R4: npt.NDArray[np.int32]
+    mirror_R: npt.NDArray[np.int32]
+    size_R2: npt.NDArray[np.float32]
+    maps_R37: npt.NDArray[np.float32]
+    labels_R: npt.NDArray[np.int64]
+
+    def part(self, rows: slice) -> "_Rows":
+        """Some of the rows."""
+        columns: Any = (column[rows] for column in self)
+        return _Rows(*columns)
+
+    def feed(self, whole: bool) -> tuple[Any, ...]:
+        """As the external source returns it; without windows for whole images."""
+        common = (self.paths, self.labels_R, self.maps_R37, self.size_R2, self.mirror_R)
+        if whole:
+            return common
+        start_R2 = np.ascontiguousarray(self.windows_R4[:, :2])
+        shape_R2 = np.ascontiguousarray(self.windows_R4[:, 2:])
+        return (*common, start_R2, shape_R2)
+
+
+class DaliData:
+    """The two splits of a folder, decoded ahead of the trainer."""
+
+    def __init__(
+        self,
+        catalog: FolderCatalog,
+        device: torch.device,
+        seed: int,
+        options: ImageOptions,
+        partner: PartnerChoice | None = None,
+    ) -> None:
+        self._train, self._validation = catalog.train, catalog.validation
+        self._device = device
+        self._seed = seed
+        self._options = options
+        self._partner = partner
+        self._pipeline: Any = None
+        self._walk: Walk | None = None
+        indices = (catalog.train.index, catalog.validation.index)
+        self._largest = tuple(
+            max(int(getattr(index, name).max()) for index in indices)
+            for name in ("widths_N", "heights_N")
+        )
+
+    def begin(self, walk: Walk, epoch: int, step: int) -> None:
+        """Read ahead from this step on."""
+        self._walk = walk
+        self._start(epoch, step, 0, ())
+
+    def train_batch(self, micro: MicroBatch) -> Batch:
+        """The samples of the next micro-batch. On the CPU, valid until the next call.
+
+        Raises:
+            PskdError: an image cannot be decoded; names path, id, epoch and step.
+        """
+        absent: tuple[int, ...] = ()
+        try:
+            images, labels, maps = self._outputs(self._pipeline)
+        except RuntimeError as error:
+            bad = self._refuse_or_replace(micro, error)
+            self._start(micro.epoch, micro.step, micro.micro, bad)
+            images, labels, maps = self._outputs(self._pipeline)
+            absent = tuple(sorted({row % len(micro.ids_B) for row in bad}))
+        if self._options.augment == "pskd-imagenet":
+            images = colour.apply(maps, images)
+        size = len(micro.ids_B)
+        weight_B = torch.ones(size)
+        weight_B[list(absent)] = 0
+        return Batch(
+            ids_B=torch.from_numpy(micro.ids_B),
+            images_BCHW=images[:size],
+            labels_B=labels[:size],
+            weight_B=weight_B.to(self._device, non_blocking=True),
+            partner_BCHW=images[size:] if self._partner is not None else None,
+            absent=absent,
+        )
+
+    def validation_batches(
+        self, rank: int, world: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of the rank's contiguous share; every sample is in one share.
+
+        Raises:
+            PskdError: an image cannot be decoded; names its path and id.
+        """
+        n = len(self._validation)
+        low, high = rank * n // world, (rank + 1) * n // world
+        batches = [
+            np.arange(start, min(start + batch_size, high))
+            for start in range(low, high, batch_size)
+        ]
+        if not batches:
+            return
+        rows = map(self._validation_rows, batches)
+        pipeline = self._graph(rows, batch_size, whole=True)
+        for ids_B in batches:
+            try:
+                images, labels, _ = self._outputs(pipeline)
+            except RuntimeError as error:
+                bad = self._undecodable(self._validation_rows(ids_B), whole=True)
+                if not bad:
+                    raise
+                path = self._validation.path(int(ids_B[bad[0]]))
+                raise PskdError(
+                    f"validation image {path} (sample {ids_B[bad[0]]}) cannot be decoded. Mend it, "
+                    f"or leave it out: `pskd index {self._validation.index.root} --drop-bad "
+                    "--verify`."
+                ) from error
+            yield images, labels
+
+    def close(self) -> None:
+        """End DALI's threads."""
+        self._pipeline = None
+
+    def _start(self, epoch: int, step: int, micro: int, bad: tuple[int, ...]) -> None:
+        """A pipeline that begins with this micro-batch; `bad` rows of it are grey."""
+        assert self._walk is not None, "begin comes first"
+        rows = self._walk.plan.largest_micro_batch * (2 if self._partner is not None else 1)
+        self._pipeline = None  # its memory first
+        self._pipeline = self._graph(
+            self._rows_of(self._walk.start(epoch, step, micro), bad), rows, whole=False
+        )
+
+    def _rows_of(self, micros: Iterator[MicroBatch], bad: tuple[int, ...]) -> Iterator[_Rows]:
+        for micro in micros:
+            rows = self._train_rows(micro)
+            for row in bad:
+                rows.paths[row] = _GREY
+                rows.windows_R4[row] = _GREY_WINDOW
+            bad = ()
+            yield rows
+
+    def _train_rows(self, micro: MicroBatch) -> _Rows:
+        parts = [self._view(micro.epoch, micro.ids_B, "")]
+        if self._partner is not None:
+            parts.append(self._view(micro.epoch, self._partner(micro.epoch, micro.ids_B), PARTNER))
+        paths = [path for part in parts for path in part.paths]
+        arrays: Any = zip(*(part[1:] for part in parts), strict=True)
+        return _Rows(paths, *(np.concatenate(views) for views in arrays))
+
+    def _view(self, epoch: int, ids_B: Ids, view: str) -> _Rows:
+        options, count = self._options, len(ids_B)
+        widths_B, heights_B = self._train.sizes(ids_B)
+        windows_B4 = draws.windows(
+            self._seed,
+            epoch,
+            ids_B,
+            widths_B,
+            heights_B,
+            scale=options.crop_scale,
+            ratio=options.crop_ratio,
+            view=view,
+        )
+        mirror_B = np.zeros(count, np.int32)
+        if options.flip:
+            mirror_B = draws.flips(self._seed, epoch, ids_B, view).astype(np.int32)
+        maps_B37 = np.zeros((count, 3, 7), np.float32)
+        if options.augment == "pskd-imagenet":
+            maps_B37 = colour.maps(self._seed, epoch, ids_B, view)
+        size_B2 = np.full((count, 2), options.size_at(epoch), np.float32)
+        labels_B = self._train.labels_N[ids_B]
+        return _Rows(self._train.paths(ids_B), windows_B4, mirror_B, size_B2, maps_B37, labels_B)
+
+    def _validation_rows(self, ids_B: Ids) -> _Rows:
+        """Whole images, the shorter side resized; the centre is cut out afterwards."""
+        widths_B, heights_B = self._validation.sizes(ids_B)
+        # As torchvision's Resize: the longer side is rounded down.
+        shorter_B = np.minimum(widths_B, heights_B)
+        sides_B2 = np.stack([heights_B, widths_B], axis=1).astype(np.int64)
+        size_B2 = sides_B2 * self._options.validation_resize // shorter_B[:, None]
+        count = len(ids_B)
+        return _Rows(
+            self._validation.paths(ids_B),
+            np.zeros((count, 4), np.int32),
+            np.zeros(count, np.int32),
+            size_B2.astype(np.float32),
+            np.zeros((count, 3, 7), np.float32),
+            self._validation.labels_N[ids_B],
+        )
+
+    def _graph(self, rows: Iterator[_Rows], batch_size: int, whole: bool) -> Any:
+        return build_pipeline(
+            lambda: next(rows).feed(whole),
+            self._options,
+            batch_size,
+            device_id=self._device.index if self._device.type == "cuda" else None,
+            largest=self._largest,
+            whole=whole,
+        )
+
+    def _outputs(self, pipeline: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and colour maps of the next batch, on the training device."""
+        if self._device.type != "cuda":
+            outputs = [from_dlpack(out.as_tensor()) for out in pipeline.run()]
+        else:
+            stream = torch.cuda.current_stream(self._device)
+            # DALI will write the next batch over this one while the network still reads it.
+            outputs = [from_dlpack(out.as_tensor()).clone() for out in pipeline.run(stream)]
+        images, labels, maps = outputs
+        if self._options.channels_last:
+            images = images.permute(0, 3, 1, 2)
+        return images, labels, maps
+
+    def _refuse_or_replace(self, micro: MicroBatch, error: RuntimeError) -> tuple[int, ...]:
+        """Which rows of the batch cannot be decoded.
+
+        Raises:
+            PskdError: they are not to be replaced.
+            RuntimeError: it is something else.
+        """
+        bad = self._undecodable(self._train_rows(micro), whole=False)
+        if not bad:
+            raise error
+        ids = micro.ids_B.tolist()
+        if self._partner is not None:
+            ids += self._partner(micro.epoch, micro.ids_B).tolist()
+        for row in bad:
+            what = (
+                f"image {self._train.path(ids[row])} (sample {ids[row]}) cannot be decoded, in "
+                f"epoch {micro.epoch}, step {micro.step}"
+            )
+            if self._options.on_bad_image == "stop":
+                raise PskdError(
+                    f"{what}. Mend it, leave it out (`pskd index {self._train.index.root} "
+                    "--drop-bad --verify`), or set data.on_bad_image substitute in a new run."
+                ) from error
+            log.error("%s: a grey image of weight 0 takes its place", what)
+        return tuple(bad)
+
+    def _undecodable(self, rows: _Rows, whole: bool) -> list[int]:
+        """Rows that fail alone, in a pipeline of one row."""
+        bad: list[int] = []
+        while True:
+            first = bad[-1] + 1 if bad else 0
+            singles = (rows.part(slice(row, row + 1)) for row in range(first, len(rows.paths)))
+            pipeline = self._graph(singles, 1, whole)
+            try:
+                for row in range(first, len(rows.paths)):  # noqa: B007  (named in the handler)
+                    pipeline.run()
+                return bad
+            except RuntimeError:
+                bad.append(row)
+
+
+def build_pipeline(
+    source: Callable[[], tuple[Any, ...]],
+    options: ImageOptions,
+    batch_size: int,
+    *,
+    device_id: int | None,
+    largest: tuple[int, ...],
+    whole: bool,
+) -> Any:
+    """The graph: read, decode a window (`whole`: all of it), resize, mirror, normalise.
+
+    largest: width and height of the largest image, for the decoder's buffers. Outputs: images
+    float32 in the layout asked for, labels int64, colour maps float32.
+    """
+    decoder: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    if options.mixed:
+        decoder |= {
+            "device": "mixed",
+            "hw_decoder_load": options.hw_decoder_load,
+            "jpeg_fancy_upsampling": True,  # as the CPU's decoder does
+            "preallocate_width_hint": largest[0],
+            "preallocate_height_hint": largest[1],
+        }
+    plain = options.augment == "standard" or whole
+    mean = [255 * m for m in colour.MEAN] if plain else [0.0]
+    std = [255 * s for s in colour.STD] if plain else [255.0]
+
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=options.threads,
+        device_id=device_id,
+        prefetch_queue_depth=options.prefetch,
+    )
+    with pipeline:
+        path, label, maps, size, mirror, *window = fn.external_source(
+            source, num_outputs=5 if whole else 7, batch=True
+        )
+        # Read by DALI's threads, several at a time; its mapped files would open one by one.
+        encoded = fn.io.file.read(path, dont_use_mmap=True)
+        if whole:
+            image = fn.decoders.image(encoded, **decoder)
+        else:
+            start, shape = window
+            image = fn.decoders.image_slice(
+                encoded, start=start, shape=shape, axis_names="HW", **decoder
+            )
+        if device_id is not None:
+            image, label, maps = image.gpu(), label.gpu(), maps.gpu()
+        image = fn.resize(
+            image, size=size, interp_type=_INTERPOLATIONS[options.interpolation], antialias=True
+        )
+        image = fn.crop_mirror_normalize(
+            image,
+            crop=(options.image_size, options.image_size) if whole else None,
+            mirror=mirror,
+            dtype=types.FLOAT,
+            mean=mean,
+            std=std,
+            output_layout="HWC" if options.channels_last else "CHW",
+        )
+        pipeline.set_outputs(image, label, maps)
+    pipeline.build()
+    return pipeline

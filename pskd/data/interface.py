@@ -1,0 +1,38 @@
+"""What the trainer asks of training data.
+
+Letters: B samples.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from pskd.data.batch import Batch
+from pskd.order import MicroBatch, Walk
+
+
+class Data(Protocol):
+    """Images on the training device, in the order that the trainer asks for."""
+
+    def begin(self, walk: Walk, epoch: int, step: int) -> None:
+        """`train_batch` will be asked for what `walk` yields from this step on: read ahead."""
+        ...
+
+    def train_batch(self, micro: MicroBatch) -> Batch:
+        """The samples of the next micro-batch, augmented. Valid until the next call.
+
+        Raises:
+            PskdError: an image cannot be decoded; names path, id, epoch and step.
+        """
+        ...
+
+    def validation_batches(
+        self, rank: int, world: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of the rank's contiguous share; every sample is in one share."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...

@@ -1,0 +1,96 @@
+"""From the configuration to samples: which there are, who trains them when, what decodes them."""
+
+import os
+from pathlib import Path
+
+from pskd.config import Config, DataSection
+from pskd.data import imagefolder
+from pskd.data.arrays import ArrayData
+from pskd.data.catalog import FOLDER, Catalog, load
+from pskd.data.imagefolder import FolderCatalog
+from pskd.data.interface import Data
+from pskd.errors import AgreedError, PskdError
+from pskd.order import Plan
+from pskd.world import World
+
+AnyCatalog = Catalog | FolderCatalog
+
+
+def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
+    """The samples, equal on all ranks, and how they are dealt out."""
+    # Fetching is for one process at a time: rank 0, then one of each other node, then the rest.
+    turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
+    for now in range(3) if config.data.download else [turn]:
+        with here.together():
+            if turn == now:
+                catalog = _catalog(config.data)
+    plan = Plan(
+        n=len(catalog.train),
+        global_batch=config.train.batch_size,
+        world=here.size,
+        accumulation=config.train.accumulation,
+        last_batch=config.data.last_batch,
+    )
+    with here.together():
+        plan.check()
+    fingerprints = here.gather(catalog.fingerprint)
+    odd = [rank for rank, f in enumerate(fingerprints) if f != fingerprints[0]]
+    if odd:
+        raise AgreedError(
+            f"data.name {config.data.name}: ranks {odd} read other samples than rank 0. "
+            "Give every node the same data."
+        )
+    return catalog, plan
+
+
+def loader(config: Config, here: World, catalog: AnyCatalog) -> Data:
+    """What turns ids into batches on this rank's device."""
+    section, seed = config.data, config.train.seed
+    if isinstance(catalog, Catalog):
+        return ArrayData(catalog, here.device, seed, section.crop_padding, section.flip)
+    from pskd.data.dali import DaliData, ImageOptions  # noqa: PLC0415  (DALI is optional otherwise)
+
+    gpu = here.device.type == "cuda"
+    if section.decoder == "mixed" and not gpu:
+        raise PskdError("data.decoder mixed decodes on a GPU, and this rank has none: use cpu.")
+    cores = len(os.sched_getaffinity(0))
+    options = ImageOptions(
+        augment=section.augment,
+        flip=section.flip,
+        image_size=section.image_size,
+        resize_schedule=tuple((epoch, size) for epoch, size in section.resize_schedule),
+        crop_scale=(section.crop_scale[0], section.crop_scale[1]),
+        crop_ratio=(section.crop_ratio[0], section.crop_ratio[1]),
+        validation_resize=section.validation_resize,
+        interpolation=section.interpolation,
+        on_bad_image=section.on_bad_image,
+        mixed=gpu and section.decoder != "cpu",
+        hw_decoder_load=section.hw_decoder_load,
+        threads=section.threads or max(1, cores // here.local_size),
+        prefetch=section.prefetch,
+        channels_last=config.engine.channels_last,
+    )
+    return DaliData(catalog, here.device, seed, options)
+
+
+def _catalog(section: DataSection) -> AnyCatalog:
+    if section.name == FOLDER:
+        if section.root is None:
+            raise PskdError(
+                f"data.name {FOLDER} needs --data.root DIR, which holds train/ and val/."
+            )
+        return imagefolder.load(
+            Path(section.root),
+            index_path=section.index_path,
+            val_index_path=section.val_index_path,
+            held_out=section.held_out,
+            limit=section.limit,
+        )
+    return load(
+        section.name,
+        root=section.root,
+        download=section.download,
+        held_out=section.held_out,
+        limit=section.limit,
+        pad_to=section.pad_to,
+    )
