@@ -600,7 +600,7 @@ def test_a_missing_data_folder_stops_a_job_before_it_has_a_directory(tmp_path):
 
 def test_ranks_take_turns_to_fetch(cifar, tmp_path, monkeypatch):
     """torchvision would truncate the archive that another rank unpacks. Ranks are threads here."""
-    from pskd import job
+    from pskd import loading
     from pskd.world import World
 
     barrier, box, spans = threading.Barrier(2, timeout=20), [None, None], []
@@ -623,7 +623,7 @@ def test_ranks_take_turns_to_fetch(cifar, tmp_path, monkeypatch):
     def fingerprint(rank):
         place = {"rank": rank, "size": 2, "local_rank": rank, "local_size": 2}
         here = Rank(**place, device=torch.device("cpu"), control=None, timeout=None)
-        return job._data(config, here)[0].fingerprint
+        return loading.samples(config, here)[0].fingerprint
 
     monkeypatch.setattr(cifar.reader, "download", download)
     flags = (f"--data.root={tmp_path}/new", "--data.download=true", "--train.batch_size=4")
