@@ -112,14 +112,8 @@ class DataSection:
             self.validation_resize,
             f"use at least data.image_size {self.image_size}: the centre is cut out.",
         )
-        for name, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
-            value = getattr(self, name)
-            require(
-                len(value) == 2 and 0 < value[0] <= value[1] <= top,
-                f"data.{name}",
-                value,
-                "give [smallest, largest], above 0" + (" and at most 1." if top == 1 else "."),
-            )
+        _check_interval("data.crop_scale", self.crop_scale, 1.0)
+        _check_interval("data.crop_ratio", self.crop_ratio, math.inf)
         epochs = [entry[0] for entry in self.resize_schedule if len(entry) == 2]
         require(
             len(epochs) == len(self.resize_schedule)
@@ -155,14 +149,64 @@ class DataSection:
 
 
 @dataclass(frozen=True)
+class MixingSection:
+    """Images mixed with each other, for any method and data set."""
+
+    name: Literal["none", "mixup", "cutmix"] = numerics("none", "how, if at all")
+    alpha: float = numerics(1.0, "of the Beta(alpha, alpha) that the shares come from")
+    probability: float = numerics(1.0, "of an image to be mixed")
+
+    def check(self) -> None:
+        """Ranges."""
+        require(self.alpha > 0, "mixing.alpha", self.alpha, "use a positive value.")
+        _check_probability("mixing", self.probability)
+
+
+@dataclass(frozen=True)
+class ErasingSection:
+    """Parts of images made grey, for any method and data set."""
+
+    name: Literal["none", "cutout", "random-erasing"] = numerics("none", "how, if at all")
+    size: int = numerics(16, "cutout: pixels of a side of the square")
+    probability: float = numerics(1.0, "of an image to lose something")
+    scale: list[float] = numerics([0.02, 1 / 3], "random-erasing: share of the area")
+    ratio: list[float] = numerics([0.3, 3.3], "random-erasing: height by width of the box")
+
+    def check(self) -> None:
+        """Ranges."""
+        require(self.size >= 1, "erasing.size", self.size, "use 1 pixel or more.")
+        _check_probability("erasing", self.probability)
+        _check_interval("erasing.scale", self.scale, 1.0)
+        _check_interval("erasing.ratio", self.ratio, math.inf)
+
+
+def _check_probability(section: str, value: float) -> None:
+    require(0 <= value <= 1, f"{section}.probability", value, "use a value in [0, 1].")
+
+
+def _check_interval(key: str, value: list[float], top: float) -> None:
+    require(
+        len(value) == 2 and 0 < value[0] <= value[1] <= top,
+        key,
+        value,
+        "give [smallest, largest], above 0" + (" and at most 1." if top == 1 else "."),
+    )
+
+
+@dataclass(frozen=True)
 class ModelSection:
     """The network."""
 
-    name: str = numerics("preact_resnet18", "the architecture")
+    name: str = numerics("preact_resnet18", "the architecture, ours or torchvision's")
+    sync_batchnorm: bool = numerics(False, "statistics over all ranks' parts (GPUs only)")
+    ema_decay: float = numerics(0.0, "keep an average of the weights with this decay; 0: none")
 
     def check(self) -> None:
         """The model exists."""
         known(self.name, MODELS, "model.name")
+        require(
+            0 <= self.ema_decay < 1, "model.ema_decay", self.ema_decay, "use a value in [0, 1)."
+        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +214,9 @@ class OptimizerSection:
     """SGD with momentum; the learning rate is that of the global batch."""
 
     lr: float = numerics(0.1, "peak learning rate")
+    lr_for_batch: int = numerics(
+        0, "the batch that lr is meant for: it grows with train.batch_size; 0: it does not"
+    )
     momentum: float = numerics(0.9, "momentum")
     nesterov: bool = numerics(True, "Nesterov momentum")
     weight_decay: float = numerics(5e-4, "L2 penalty")
@@ -182,6 +229,9 @@ class OptimizerSection:
     def check(self) -> None:
         """Ranges, and what torch's SGD accepts."""
         require(self.lr > 0, "optimizer.lr", self.lr, "use a positive value.")
+        require(
+            self.lr_for_batch >= 0, "optimizer.lr_for_batch", self.lr_for_batch, "use 0 or more."
+        )
         require(
             0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "use a value in [0, 1)."
         )
@@ -245,6 +295,7 @@ class EngineSection:
     )
     compile: bool = numerics(False, "torch.compile (needs a C++ compiler; changes the last bits)")
     channels_last: bool = numerics(False, "memory layout NHWC; with ZeRO-0 only")
+    tf32: bool = numerics(False, "TensorFloat-32 for fp32 products and convolutions on GPUs")
 
     def check(self) -> None:
         """Nothing without reading the file: see `deepspeed_config.py`."""
@@ -282,6 +333,9 @@ class EvaluationSection:
     every: int = output(1, "after every so many epochs, and after the last")
     batch_size: int = speed(256, "samples a rank evaluates at a time")
     precision: Literal["training", "fp32"] = output("training", "precision of the forward pass")
+    weights: Literal["training", "ema"] = numerics(
+        "training", "which weights are evaluated and exported"
+    )
     ece_bins: int = numerics(10, "bins of the expected calibration error")
 
     def check(self) -> None:
@@ -314,6 +368,8 @@ class Config:
 
     run: RunSection
     data: DataSection
+    mixing: MixingSection
+    erasing: ErasingSection
     model: ModelSection
     method: MethodSection
     optimizer: OptimizerSection
@@ -338,6 +394,18 @@ class Config:
             self.schedule.warmup_epochs,
             f"must be below train.epochs {self.train.epochs}.",
         )
+        require(
+            self.evaluation.weights == "training" or self.model.ema_decay > 0,
+            "evaluation.weights",
+            self.evaluation.weights,
+            "there is no average without model.ema_decay.",
+        )
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate of the global batch (Goyal et al., 2017: in proportion to it)."""
+        batch = self.optimizer.lr_for_batch or self.train.batch_size
+        return self.optimizer.lr * self.train.batch_size / batch
 
     def to_yaml(self) -> str:
         """The resolved configuration; `--config` takes it back. The directory is not part of it."""

@@ -31,12 +31,14 @@ def integers(
     return (uniforms(seed, epoch, ids_B, stream, columns) * high).astype(np.int64)
 
 
-def shifts(seed: int, epoch: int, ids_B: Ids, padding: int) -> npt.NDArray[np.int64]:
+def shifts(
+    seed: int, epoch: int, ids_B: Ids, padding: int, view: str = ""
+) -> npt.NDArray[np.int64]:
     """Top-left corners of a crop out of the image padded by `padding` on every side.
 
     int64 (B, 2), (y, x), each in [0, 2 * padding]; `padding` itself is the centre. Stream "crop".
     """
-    return integers(seed, epoch, ids_B, "crop", 2, 2 * padding + 1)
+    return integers(seed, epoch, ids_B, f"{view}crop", 2, 2 * padding + 1)
 
 
 def flips(seed: int, epoch: int, ids_B: Ids, view: str = "") -> npt.NDArray[np.bool_]:
@@ -102,7 +104,15 @@ def normals(
 
 
 def crop_grid(
-    seed: int, epoch: int, ids_B: Ids, *, height: int, width: int, padding: int, flip: bool
+    seed: int,
+    epoch: int,
+    ids_B: Ids,
+    *,
+    height: int,
+    width: int,
+    padding: int,
+    flip: bool,
+    view: str = "",
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Which source rows (B, height) and columns (B, width) make up each augmented image.
 
@@ -111,9 +121,9 @@ def crop_grid(
     y_BH = np.broadcast_to(np.arange(height), (len(ids_B), height))
     x_BW = np.broadcast_to(np.arange(width), (len(ids_B), width))
     if flip:
-        x_BW = np.where(flips(seed, epoch, ids_B)[:, None], x_BW[:, ::-1], x_BW)
+        x_BW = np.where(flips(seed, epoch, ids_B, view)[:, None], x_BW[:, ::-1], x_BW)
     if padding:
-        corner_B2 = shifts(seed, epoch, ids_B, padding) - padding
+        corner_B2 = shifts(seed, epoch, ids_B, padding, view) - padding
         # Cropped first, then mirrored, as torchvision's RandomCrop and RandomHorizontalFlip.
         y_BH = y_BH + corner_B2[:, :1]
         x_BW = x_BW + corner_B2[:, 1:]

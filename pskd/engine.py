@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pskd import deepspeed_config
+from pskd.average import WeightAverage
 from pskd.config import EngineSection, OptimizerSection
 from pskd.errors import PskdError
 
@@ -31,8 +32,11 @@ class Engine:
         section: EngineSection,
         settings: dict[str, Any],
         timeout: timedelta,
+        ema_decay: float = 0.0,
+        evaluate_average: bool = False,
     ) -> None:
-        """`settings`: from `deepspeed_config.complete`.
+        """`settings`: from `deepspeed_config.complete`. ema_decay: of an average of the weights, 0
+        for none; evaluate_average: it is what `evaluated` is.
 
         Raises:
             PskdError: DeepSpeed refuses the settings, or options that exclude each other.
@@ -44,6 +48,12 @@ class Engine:
                 "Use stage 0, or leave channels_last out."
             )
         self._precision = _DTYPES[deepspeed_config.precision(settings)]
+        self.device = next(model.parameters()).device
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = section.tf32
+            torch.backends.cudnn.allow_tf32 = section.tf32
+            torch.backends.cudnn.deterministic = True  # equal weights after a resume
+        self._average = WeightAverage(model, ema_decay) if ema_decay else None
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=_sgd(model, optimizer), config=settings
@@ -59,6 +69,11 @@ class Engine:
         if section.channels_last:
             self._layout = torch.channels_last
             self.model.to(memory_format=self._layout)  # before initialize, DeepSpeed cannot send it
+            if self._average is not None:
+                self._average.module.to(memory_format=self._layout)
+        self.evaluated = self.model
+        if evaluate_average and self._average is not None:
+            self.evaluated = self._average.module
         if section.compile:
             self._engine.compile()
         self._scaler: torch.amp.GradScaler | None = self._engine.torch_autocast_z0_gradscaler
@@ -80,17 +95,24 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.backward(loss)
+        whole = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
+        if self._average is not None and whole:
+            self._average.update(self.model)
 
-    @torch.no_grad()
     def predict(self, images_BCHW: Tensor, full_precision: bool) -> Tensor:
         """Logits (B, C) float32 for evaluation, in training's precision or in fp32."""
-        self.model.eval()
+        self.evaluated.eval()
+        return self.infer(self.evaluated, images_BCHW, full_precision)
+
+    @torch.no_grad()
+    def infer(self, module: nn.Module, images_BCHW: Tensor, full_precision: bool = False) -> Tensor:
+        """Logits (B, C) float32 of a network in evaluation mode, without gradient."""
         half = self._precision != torch.float32 and not full_precision
         images_BCHW = images_BCHW.contiguous(memory_format=self._layout)
-        # `engine.module` bypasses DeepSpeed's autocast.
+        # A bare module bypasses DeepSpeed's autocast.
         with torch.autocast(images_BCHW.device.type, self._precision, enabled=half):
-            logits_BC: Tensor = self.model(images_BCHW)
+            logits_BC: Tensor = module(images_BCHW)
         return logits_BC.float()
 
     def sync_buffers(self) -> None:
@@ -100,6 +122,8 @@ class Engine:
         """
         for buffer in self.model.buffers():
             dist.broadcast(buffer, src=0)
+        if self._average is not None:
+            self._average.copy_buffers(self.model)
 
     def check_finite(self) -> None:
         """Waits for the device.
@@ -115,10 +139,12 @@ class Engine:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, buffers, momentum, loss scale; if sharded, only by how many ranks."""
+        """Weights, their average, buffers, momentum, loss scale; if sharded, by how many ranks."""
+        average = None if self._average is None else self._average.state_dict()
         if self.sharded:
-            return {"ranks": dist.get_world_size()}
+            return {"ranks": dist.get_world_size(), "average": average}
         return {
+            "average": average,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
@@ -130,6 +156,15 @@ class Engine:
         Raises:
             PskdError: the shards are of another number of ranks.
         """
+        if self._average is not None:
+            # Another run, which this one began from, may have had none.
+            average = state["average"] or state.get("model")
+            if average is None:
+                raise PskdError(
+                    "model.ema_decay: the checkpoint has no average of the weights, and its ZeRO "
+                    "shards cannot begin one. Resume without it, or from a ZeRO-0 run."
+                )
+            self._average.load_state_dict(average)
         if self.sharded:
             if state["ranks"] != dist.get_world_size():
                 raise PskdError(

@@ -16,13 +16,14 @@ from pskd.engine import Engine
 from pskd.errors import EXIT_FAILED, AgreedError, PskdError
 from pskd.failure import understand
 from pskd.fields import TAGS
-from pskd.loading import AnyCatalog, loader, samples
+from pskd.loading import AnyCatalog, loader, mixer, samples
 from pskd.methods import registry
 from pskd.order import Plan
 from pskd.run_dir import RunDir, Start, Status
 from pskd.sites import Sites
 from pskd.startup import Origin, open_directory, register_start
 from pskd.store.store import Store, StoreOptions
+from pskd.teacher import TrainedNetwork
 from pskd.trainer import History, Trainer
 from pskd.world import World
 
@@ -156,8 +157,22 @@ def _prepare(
     """Build every part, and bring it to where the run was left."""
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     model = models.build(config.model.name, catalog.num_classes).to(here.device)
-    engine = Engine(model, config.optimizer, config.engine, settings, here.timeout)
-    method = registry.create(config.method)
+    if config.model.sync_batchnorm:
+        if here.device.type != "cuda":
+            raise AgreedError("model.sync_batchnorm true works on GPUs only: leave it out.")
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    engine = Engine(
+        model,
+        config.optimizer,
+        config.engine,
+        settings,
+        here.timeout,
+        config.model.ema_decay,
+        config.evaluation.weights == "ema",
+    )
+    with here.together():
+        network = TrainedNetwork(engine, config.model.name, catalog.num_classes)
+        method = registry.create(config.method, network)
     store = None
     if method.needs_store:
         section = config.store
@@ -178,6 +193,7 @@ def _prepare(
         "identity": Identity(catalog.fingerprint),
         "engine": engine,
         "history": history,
+        "method": method,
         "store": store,
     }
     for name, part in parts.items():
@@ -190,7 +206,8 @@ def _prepare(
         world=here,
         sites=sites,
         run_dir=directory,
-        data=loader(config, here, catalog),
+        data=loader(config, here, catalog, peers=method.needs_peers),
+        mixer=mixer(config),
         plan=plan,
         num_classes=catalog.num_classes,
         engine=engine,

@@ -9,6 +9,8 @@ from pskd.data.arrays import ArrayData
 from pskd.data.catalog import FOLDER, Catalog, load
 from pskd.data.imagefolder import FolderCatalog
 from pskd.data.interface import Data
+from pskd.data.mix import Erasing, Mixer, Mixing
+from pskd.data.views import SameClass
 from pskd.errors import AgreedError, PskdError
 from pskd.order import Plan
 from pskd.world import World
@@ -43,11 +45,13 @@ def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
     return catalog, plan
 
 
-def loader(config: Config, here: World, catalog: AnyCatalog) -> Data:
-    """What turns ids into batches on this rank's device."""
+def loader(config: Config, here: World, catalog: AnyCatalog, *, peers: bool) -> Data:
+    """What turns ids into batches on this rank's device. peers: see `Method.needs_peers`."""
     section, seed = config.data, config.train.seed
+    peer = SameClass(seed, catalog.train.labels_N) if peers else None
     if isinstance(catalog, Catalog):
-        return ArrayData(catalog, here.device, seed, section.crop_padding, section.flip)
+        padding = section.crop_padding
+        return ArrayData(catalog, here.device, seed, padding, section.flip, peer)
     from pskd.data.dali import DaliData, ImageOptions  # noqa: PLC0415  (DALI is optional otherwise)
 
     gpu = here.device.type == "cuda"
@@ -70,7 +74,7 @@ def loader(config: Config, here: World, catalog: AnyCatalog) -> Data:
         prefetch=section.prefetch,
         channels_last=config.engine.channels_last,
     )
-    return DaliData(catalog, here.device, seed, options)
+    return DaliData(catalog, here.device, seed, options, peer)
 
 
 def _catalog(section: DataSection) -> AnyCatalog:
@@ -93,4 +97,20 @@ def _catalog(section: DataSection) -> AnyCatalog:
         held_out=section.held_out,
         limit=section.limit,
         pad_to=section.pad_to,
+    )
+
+
+def mixer(config: Config) -> Mixer:
+    """What mixes and erases the images of a batch."""
+    mixing, erasing = config.mixing, config.erasing
+    return Mixer(
+        config.train.seed,
+        Mixing(mixing.name, mixing.alpha, mixing.probability),
+        Erasing(
+            erasing.name,
+            erasing.size,
+            erasing.probability,
+            (erasing.scale[0], erasing.scale[1]),
+            (erasing.ratio[0], erasing.ratio[1]),
+        ),
     )

@@ -16,6 +16,7 @@ from pskd import mirror
 from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.data.interface import Data
+from pskd.data.mix import Mixer
 from pskd.engine import Engine
 from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError
 from pskd.guard import Guard, StopRequest
@@ -60,13 +61,17 @@ class History:
 
 @dataclass
 class _Step:
-    """A trained step whose verdict is not known yet. ids_B: this rank's samples."""
+    """A trained step whose verdict is not known yet.
+
+    ids_B: this rank's samples. strangers: places whose predictions are not remembered.
+    """
 
     epoch: int
     step: int
     ids_B: Ids
     loss_B: Tensor
     remember_BC: Tensor | None
+    strangers: list[int]
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Trainer:
     sites: Sites
     run_dir: RunDir
     data: Data
+    mixer: Mixer
     plan: Plan
     num_classes: int
     engine: Engine
@@ -158,13 +164,14 @@ class Trainer:
             self.store.prefetch(self._ids(order_N, epoch, step + 1))
         lr = self._lr(epoch, step)
         losses, rows, first = [], [], 0
-        absent: list[int] = []
+        strangers: list[int] = []
         for micro in micros:
             part = slice(first, first + len(micro.ids_B))
             first = part.stop
             self._seed_generators(epoch, step, micro.micro)
-            batch = self.data.train_batch(micro)
-            absent += [part.start + row for row in batch.absent]
+            batch = self.mixer(self.data.train_batch(micro), epoch)
+            self.history.absent += ids_B[part][list(batch.absent)].tolist()
+            strangers += [first - len(micro.ids_B) + place for place in batch.strangers()]
             output = self.method(self.engine.forward, batch, past and past.part(part))
             loss_B = output.loss_B * batch.weight_B * micro.scale
             self.engine.backward_and_step(loss_B.sum(), lr)
@@ -172,14 +179,7 @@ class Trainer:
             if output.remember_BC is not None:
                 rows.append(output.remember_BC)
         remember_BC = torch.cat(rows) if rows else None
-        if absent:
-            # They keep their older rows: what a grey image looks like to the network is no news.
-            self.history.absent = sorted({*self.history.absent, *ids_B[absent].tolist()})
-            real = np.setdiff1d(np.arange(len(ids_B)), absent)
-            ids_B = ids_B[real]
-            if remember_BC is not None:
-                remember_BC = remember_BC[torch.from_numpy(real).to(remember_BC.device)]
-        return _Step(epoch, step, ids_B, torch.cat(losses), remember_BC)
+        return _Step(epoch, step, ids_B, torch.cat(losses), remember_BC, strangers)
 
     def _settle(self) -> None:
         """Read the verdict on the step before; only then do its rows go to the disk.
@@ -194,12 +194,19 @@ class Trainer:
         if verdict.bad:
             self._refuse_bad_loss(step)
         if self.store is not None and step.remember_BC is not None:
-            self.store.remember(step.ids_B, step.remember_BC)
+            self._remember(self.store, step.ids_B, step.remember_BC, step.strangers)
         self._loss = verdict.loss
         self._stopping = self._stopping or verdict.stop
         size = self.plan.batch_size(step.step)
         self.history.loss_sum += verdict.loss * size
         self.history.samples += size
+
+    def _remember(self, store: Store, ids_B: Ids, rows_BC: Tensor, strangers: list[int]) -> None:
+        """Samples whose image showed mostly something else keep their older rows."""
+        if strangers:
+            known = np.setdiff1d(np.arange(len(ids_B)), strangers)
+            ids_B, rows_BC = ids_B[known], rows_BC[torch.from_numpy(known).to(rows_BC.device)]
+        store.remember(ids_B, rows_BC)
 
     def _refuse_bad_loss(self, step: _Step) -> None:
         finite_B = torch.isfinite(step.loss_B).cpu().numpy()
@@ -282,7 +289,7 @@ class Trainer:
             self.engine.check_finite()
         if self.store is not None:
             self.store.commit()
-        if self.config.data.on_bad_image == "substitute":
+        if self.config.data.on_bad_image == "substitute":  # else there are none
             ids = {i for absent in self.world.gather(self.history.absent) for i in absent}
             self.history.absent = sorted(ids)
         if self.engine.sharded:
@@ -307,7 +314,7 @@ class Trainer:
         for name in names:
             export_weights(
                 self.run_dir.models / name,
-                self.engine.model,
+                self.engine.evaluated,
                 {"model": self.config.model.name, "num_classes": self.num_classes, **line},
             )
 
@@ -347,7 +354,7 @@ class Trainer:
     def _lr(self, epoch: int, step: int) -> float:
         config, steps = self.config, self.plan.steps
         return lr_at(
-            config.schedule, config.optimizer.lr, config.train.epochs, steps, epoch * steps + step
+            config.schedule, config.peak_lr, config.train.epochs, steps, epoch * steps + step
         )
 
     def _seed_generators(self, epoch: int, step: int, micro: int) -> None:

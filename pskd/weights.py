@@ -1,12 +1,14 @@
-"""Weights for plain PyTorch, and the hash by which two runs are compared."""
+"""Weights for plain PyTorch, in and out, and the hash by which two runs are compared."""
 
 import hashlib
 import io
+import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pskd.errors import PskdError
 from pskd.files import write_atomically
@@ -39,3 +41,53 @@ def export_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
             f"weights {path} cannot be written: {error.strerror}. "
             "Free some space and start again: the run resumes from its last checkpoint."
         ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Names and tensors, on the CPU, from what people have at hand.
+
+    path: an export of ours, a complete run (its last epoch), RUN/checkpoints/NAME, or any file that
+    `torch.load(weights_only=True)` reads: a state dict, or one under "net", "model" or
+    "state_dict"; a leading "module." goes.
+
+    Raises:
+        PskdError: nothing of the kind.
+    """
+    file = path
+    try:
+        if (path / "result.json").is_file():
+            last = json.loads((path / "result.json").read_text())["last"]
+            file = path / "models" / f"checkpoint_{last['epoch'] + 1}.pth"
+        elif path.is_dir():
+            file = path / "state.pt"
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise PskdError(
+            f"{file}: no such file. Name an export, a complete run, or a file of weights."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise PskdError(f"{file} holds no weights that can be read: {error}") from error
+    for key in ("engine", "net", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not _are_weights(content):
+        raise PskdError(f"{file} holds no weights: a dict of tensors is expected.")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+    """What keeps some weights from fitting a network, for a message; None if they fit."""
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        parts = [f"{len(missing)} tensors are missing ({missing[0]}, ...)"] if missing else []
+        parts += [f"{len(unknown)} are unknown ({unknown[0]}, ...)"] if unknown else []
+        return " and ".join(parts)
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            return f"{name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+    return None
+
+
+def _are_weights(content: dict[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())

@@ -12,6 +12,7 @@ from pskd import command_line, deepspeed_config, job
 from pskd.checkpoint import Checkpoints, Position
 from pskd.data import digits
 from pskd.data.arrays import ArrayData
+from pskd.data.mix import Erasing, Mixer, Mixing
 from pskd.engine import Engine
 from pskd.errors import PskdError
 from pskd.guard import Guard
@@ -70,7 +71,7 @@ def trainer_of(
     settings = deepspeed_config.complete(
         engine, batch=batch, world=world.size, accumulation=accumulation, clip_norm=clip
     )
-    method = registry.create(config.method)
+    method = registry.create(config.method, None)
     store = None
     if method.needs_store:
         store = Store(
@@ -89,6 +90,7 @@ def trainer_of(
         world=world,
         sites=one_site(world),
         run_dir=RunDir(Path(path)),
+        mixer=Mixer(0, Mixing(), Erasing()),
         data=ArrayData(catalog, world.device, 0, 1, False),
         plan=plan,
         num_classes=10,

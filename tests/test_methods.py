@@ -266,16 +266,26 @@ def test_baseline_is_the_cross_entropy_of_each_sample_in_every_epoch(seed, b, c,
     assert len(calls) == 1
 
 
+class NoTeacher:
+    """A network of which nobody wants to know more."""
+
+    def trained(self, path):
+        assert path == "somewhere"
+
+
 @pytest.mark.parametrize("name", sorted(SECTIONS))
 def test_every_section_has_its_method(name):
-    assert registry.create(SECTIONS[name]()).needs_store in (True, False)
+    arguments = {"teacher": "somewhere"} if name == "tfkd_self" else {}
+    method = registry.create(SECTIONS[name](**arguments), NoTeacher())
+    assert method.needs_store == (name == "pskd")
+    assert method.needs_peers == (name == "cskd")
 
 
 def test_the_method_takes_its_section_and_says_if_it_needs_the_store():
-    pskd = registry.create(PSKDSection(alpha_T=0.3))
+    pskd = registry.create(PSKDSection(alpha_T=0.3), None)
     assert isinstance(pskd, PSKD)
     assert pskd.needs_store
     assert pskd.begin_epoch(1, 2) == {"alpha": 0.3}
-    baseline = registry.create(BaselineSection())
+    baseline = registry.create(BaselineSection(), None)
     assert isinstance(baseline, Baseline)
     assert not baseline.needs_store

@@ -11,19 +11,28 @@ from torch import Tensor
 from pskd import draws
 from pskd.data.batch import Batch
 from pskd.data.catalog import Catalog, Split
-from pskd.order import MicroBatch, Walk
+from pskd.data.views import PEER, PeerChoice
+from pskd.order import Ids, MicroBatch, Walk
 
 
 class ArrayData:
     """The two splits of a catalog on a device, and the augmentation of the training split."""
 
     def __init__(
-        self, catalog: Catalog, device: torch.device, seed: int, crop_padding: int, flip: bool
+        self,
+        catalog: Catalog,
+        device: torch.device,
+        seed: int,
+        crop_padding: int,
+        flip: bool,
+        peer: PeerChoice | None = None,
     ) -> None:
+        """`peer`: for methods that want an image of another sample beside each."""
         self._device = device
         self._seed = seed
         self._padding = crop_padding
         self._flip = flip
+        self._peer = peer
         self._images_NCHW, self._labels_N = _resident(catalog.train, device)
         self._validation_NCHW, self._validation_labels_N = _resident(catalog.validation, device)
         self._mean_C11 = (
@@ -41,27 +50,34 @@ class ArrayData:
 
     def train_batch(self, micro: MicroBatch) -> Batch:
         """The samples of a micro-batch, augmented by the draws of its epoch."""
-        ids_B = torch.from_numpy(micro.ids_B)
-        index_B = ids_B.to(self._device)
+        ids_B, epoch = micro.ids_B, micro.epoch
+        peer_BCHW = None
+        if self._peer is not None:
+            peer_BCHW = self._view(epoch, self._peer(epoch, ids_B), PEER)
+        return Batch(
+            ids_B=torch.from_numpy(ids_B),
+            images_BCHW=self._view(epoch, ids_B, ""),
+            labels_B=self._labels_N[torch.from_numpy(ids_B).to(self._device)],
+            weight_B=torch.ones(len(ids_B), device=self._device),
+            peer_BCHW=peer_BCHW,
+        )
+
+    def _view(self, epoch: int, ids_B: Ids, view: str) -> Tensor:
+        index_B = torch.from_numpy(ids_B).to(self._device)
         y_BH, x_BW = (
             torch.from_numpy(grid).to(self._device)
             for grid in draws.crop_grid(
                 self._seed,
-                micro.epoch,
-                micro.ids_B,
+                epoch,
+                ids_B,
                 height=self._images_NCHW.shape[2],
                 width=self._images_NCHW.shape[3],
                 padding=self._padding,
                 flip=self._flip,
+                view=view,
             )
         )
-        images_BCHW = _gather(self._images_NCHW[index_B], y_BH, x_BW)
-        return Batch(
-            ids_B=ids_B,
-            images_BCHW=self._normalise(images_BCHW),
-            labels_B=self._labels_N[index_B],
-            weight_B=torch.ones(len(ids_B), device=self._device),
-        )
+        return self._normalise(_gather(self._images_NCHW[index_B], y_BH, x_BW))
 
     def validation_batches(
         self, rank: int, world: int, batch_size: int

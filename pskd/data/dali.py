@@ -5,7 +5,7 @@ id) and comes from the plan, through an external source that runs in the trainer
 batches ahead. Reading, decoding (of the window alone) and resizing run in DALI's threads; there are
 no worker processes.
 
-Letters: B samples of a batch, R rows of it (its samples, then their partners), H, W pixels.
+Letters: B samples of a batch, R rows of it (its samples, then their peers), H, W pixels.
 """
 
 import logging
@@ -25,12 +25,12 @@ from pskd import draws
 from pskd.data import colour
 from pskd.data.batch import Batch
 from pskd.data.imagefolder import FolderCatalog
+from pskd.data.views import PEER, PeerChoice
 from pskd.errors import PskdError
 from pskd.order import Ids, MicroBatch, Walk
 
 log = logging.getLogger("pskd")
 
-PARTNER = "partner/"  # the view of a partner: its streams of draws
 _GREY = np.frombuffer(str(Path(__file__).with_name("grey.png")).encode(), np.uint8)
 _GREY_WINDOW = np.array([0, 0, 8, 8], np.int32)
 _INTERPOLATIONS = {
@@ -38,8 +38,6 @@ _INTERPOLATIONS = {
     "cubic": types.INTERP_CUBIC,
     "lanczos": types.INTERP_LANCZOS3,
 }
-
-PartnerChoice = Callable[[int, Ids], Ids]  # (epoch, ids_B) -> ids_B of the partners
 
 
 @dataclass(frozen=True)
@@ -101,13 +99,14 @@ class DaliData:
         device: torch.device,
         seed: int,
         options: ImageOptions,
-        partner: PartnerChoice | None = None,
+        peer: PeerChoice | None = None,
     ) -> None:
+        """`peer`: for methods that want an image of another sample beside each."""
         self._train, self._validation = catalog.train, catalog.validation
         self._device = device
         self._seed = seed
         self._options = options
-        self._partner = partner
+        self._peer = peer
         self._pipeline: Any = None
         self._walk: Walk | None = None
         indices = (catalog.train.index, catalog.validation.index)
@@ -145,7 +144,7 @@ class DaliData:
             images_BCHW=images[:size],
             labels_B=labels[:size],
             weight_B=weight_B.to(self._device, non_blocking=True),
-            partner_BCHW=images[size:] if self._partner is not None else None,
+            peer_BCHW=images[size:] if self._peer is not None else None,
             absent=absent,
         )
 
@@ -189,7 +188,7 @@ class DaliData:
     def _start(self, epoch: int, step: int, micro: int, bad: tuple[int, ...]) -> None:
         """A pipeline that begins with this micro-batch; `bad` rows of it are grey."""
         assert self._walk is not None, "begin comes first"
-        rows = self._walk.plan.largest_micro_batch * (2 if self._partner is not None else 1)
+        rows = self._walk.plan.largest_micro_batch * (2 if self._peer is not None else 1)
         self._pipeline = None  # its memory first
         self._pipeline = self._graph(
             self._rows_of(self._walk.start(epoch, step, micro), bad), rows, whole=False
@@ -206,8 +205,8 @@ class DaliData:
 
     def _train_rows(self, micro: MicroBatch) -> _Rows:
         parts = [self._view(micro.epoch, micro.ids_B, "")]
-        if self._partner is not None:
-            parts.append(self._view(micro.epoch, self._partner(micro.epoch, micro.ids_B), PARTNER))
+        if self._peer is not None:
+            parts.append(self._view(micro.epoch, self._peer(micro.epoch, micro.ids_B), PEER))
         paths = [path for part in parts for path in part.paths]
         arrays: Any = zip(*(part[1:] for part in parts), strict=True)
         return _Rows(paths, *(np.concatenate(views) for views in arrays))
@@ -286,8 +285,8 @@ class DaliData:
         if not bad:
             raise error
         ids = micro.ids_B.tolist()
-        if self._partner is not None:
-            ids += self._partner(micro.epoch, micro.ids_B).tolist()
+        if self._peer is not None:
+            ids += self._peer(micro.epoch, micro.ids_B).tolist()
         for row in bad:
             what = (
                 f"image {self._train.path(ids[row])} (sample {ids[row]}) cannot be decoded, in "

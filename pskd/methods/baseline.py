@@ -1,25 +1,18 @@
-"""Baseline: cross-entropy with the one-hot label."""
-
-from torch.nn import functional as F
+"""Baseline: cross-entropy with the one-hot label (of a mixed image, with both in their shares)."""
 
 from pskd.data.batch import Batch
-from pskd.methods.interface import Forward, Output, Past
+from pskd.methods.interface import Forward, Output, Past, Stateless
+from pskd.methods.labels import cross_entropy, labels_and_shares
 from pskd.methods.sections import BaselineSection
 
 
-class Baseline:
+class Baseline(Stateless):
     """-log softmax(z)_y."""
-
-    needs_store = False
 
     def __init__(self, section: BaselineSection) -> None:
         del section  # it has no parameter
 
-    def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
-        """The loss is the same in every epoch."""
-        return {}
-
     def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:
         """Cross-entropy of each sample."""
-        logits_BC = forward(batch.images_BCHW)
-        return Output(F.cross_entropy(logits_BC.float(), batch.labels_B, reduction="none"))
+        logits_BC = forward(batch.images_BCHW).float()
+        return Output(cross_entropy(logits_BC, *labels_and_shares(batch)))

@@ -5,9 +5,9 @@ Letters: B samples, C classes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pskd.data.batch import Batch
 
@@ -34,15 +34,78 @@ class Output:
     remember_BC: Tensor | None = None
 
 
+class Network(Protocol):
+    """The network in training, as a method may need it besides the forward pass."""
+
+    def snapshot(self) -> nn.Module:
+        """Collective: a frozen copy in evaluation mode, with the buffers of rank 0."""
+        ...
+
+    def copy(self) -> nn.Module:
+        """A frozen copy in evaluation mode, whose content does not matter yet."""
+        ...
+
+    def trained(self, path: str) -> nn.Module:
+        """A frozen network of the same architecture in evaluation mode, with weights of a file.
+
+        Raises:
+            PskdError: no weights there, or of another architecture or number of classes.
+        """
+        ...
+
+    def sha256(self, module: nn.Module) -> str:
+        """Of its weights and buffers."""
+        ...
+
+    def infer(self, module: nn.Module, images_BCHW: Tensor) -> Tensor:
+        """Logits float32 (B, C) of a frozen network, in the precision of training."""
+        ...
+
+
 class Method(Protocol):
-    """A way to train. `needs_store`: it reads `past`, and returns what to remember."""
+    """A way to train.
+
+    needs_store: it reads `past`, and returns what to remember. needs_peers: it wants an image of
+    another sample of the same class beside each.
+    """
 
     needs_store: bool
+    needs_peers: bool
 
     def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
-        """Set the epoch's constants (alpha, ...); returns those worth a log line."""
+        """Collective. Set the epoch's constants (alpha, ...); returns those worth a log line."""
         ...
 
     def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:
         """The losses of one micro-batch."""
         ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of it."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there.
+
+        Raises:
+            PskdError: it was another teacher.
+        """
+        ...
+
+
+class Stateless:
+    """What methods share that need neither store nor peers and have no state."""
+
+    needs_store = False
+    needs_peers = False
+
+    def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
+        """The loss is the same in every epoch."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""

@@ -1,15 +1,40 @@
 """The method of a configuration section."""
 
 from pskd.methods.baseline import Baseline
-from pskd.methods.interface import Method
-from pskd.methods.pskd import PSKD
-from pskd.methods.sections import BaselineSection, MethodSection, PSKDSection
+from pskd.methods.cskd import CSKD
+from pskd.methods.interface import Method, Network
+from pskd.methods.label_smoothing import LabelSmoothing
+from pskd.methods.pskd import PSKD, PSKDByModel
+from pskd.methods.sections import (
+    BaselineSection,
+    CSKDSection,
+    LabelSmoothingSection,
+    MethodSection,
+    PSKDSection,
+    TFKDRegSection,
+    TFKDSelfSection,
+)
+from pskd.methods.tfkd import TFKDReg, TFKDSelf
 
 
-def create(section: MethodSection) -> Method:
-    """Build the method that the section describes."""
+def create(section: MethodSection, network: Network) -> Method:
+    """Build the method that the section describes.
+
+    Raises:
+        PskdError: a teacher cannot be read.
+    """
     match section:
         case BaselineSection():
             return Baseline(section)
+        case LabelSmoothingSection():
+            return LabelSmoothing(section)
+        case CSKDSection():
+            return CSKD(section)
+        case TFKDSelfSection():
+            return TFKDSelf(section, network)
+        case TFKDRegSection():
+            return TFKDReg(section)
+        case PSKDSection(teacher="model"):
+            return PSKDByModel(section, network)
         case PSKDSection():
             return PSKD(section)

@@ -1,0 +1,27 @@
+"""The hard part of a target: one label a sample, or two with their shares if images were mixed.
+
+Letters: B samples, C classes, K labels a sample (1 or 2).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pskd.data.batch import Batch
+
+
+def labels_and_shares(batch: Batch) -> tuple[Tensor, Tensor]:
+    """labels_BK int64 and shares_BK float32, which sum to 1."""
+    if batch.mix is None:
+        labels_B1 = batch.labels_B[:, None]
+        return labels_B1, torch.ones_like(labels_B1, dtype=torch.float32)
+    other_B = batch.labels_B[batch.mix.partner_B]
+    share_B = batch.mix.share_B
+    return torch.stack((batch.labels_B, other_B), 1), torch.stack((share_B, 1 - share_B), 1)
+
+
+def cross_entropy(logits_BC: Tensor, labels_BK: Tensor, shares_BK: Tensor) -> Tensor:
+    """-sum_k share_k log softmax(z)_label_k of each sample, in nats: (B,)."""
+    if labels_BK.shape[1] == 1:
+        return F.cross_entropy(logits_BC, labels_BK[:, 0], reduction="none")
+    return -(F.log_softmax(logits_BC, dim=1).gather(1, labels_BK) * shares_BK).sum(dim=1)
