@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pskd.command_line import load
-from pskd.data.catalog import DATASETS
+from pskd.data.catalog import DATASETS, FOLDER
+from tests.photos import make_folder
 
 ROOT = Path(__file__).parents[1]
 MAIN = ("scripts/demo.sh", "scripts/test.sh")  # set up the environment; run by .ci/run
@@ -42,6 +43,8 @@ def test_every_other_command_of_the_readme_works(tmp_path):
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(20, 5)), rng.integers(0, 5, 20)
     np.savez(tmp_path / "logits.npz", logits=logits, labels=labels)
+    for split, seed in (("train", 0), ("val", 1)):
+        make_folder(tmp_path / "photos" / split, classes=2, per_class=12, seed=seed, median_side=90)
     script = "\n".join(["set -ex", *others])
     done = subprocess.run(
         ["bash", "-c", script],
@@ -77,7 +80,7 @@ def test_there_is_one_for_each_data_set():
         for c in [*commands(), *long_commands()]
         if " train.py " in c
     }
-    assert named == set(DATASETS)
+    assert named == {*DATASETS, FOLDER}
 
 
 @pytest.mark.parametrize("name", ["pskd/store/format.py", "scripts/fashion_mnist.sh", "LICENSE"])
