@@ -18,6 +18,7 @@ from pskd import deepspeed_config
 from pskd.average import WeightAverage
 from pskd.config import EngineSection, OptimizerSection
 from pskd.errors import PskdError
+from pskd.weights import difference
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -149,6 +150,21 @@ class Engine:
             "optimizer": self._optimizer.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
+
+    def check_fits(self, state: dict[str, Any], source: Path) -> None:
+        """Refuse the state of another network.
+
+        Raises:
+            PskdError: names a weight that differs.
+        """
+        if self.sharded != ("ranks" in state):
+            raise PskdError(
+                f"{source} was written with{'out' if self.sharded else ''} ZeRO shards: resume it "
+                "with the same ZeRO stage."
+            )
+        wrong = None if self.sharded else difference(self.model.state_dict(), state["model"])
+        if wrong is not None:
+            raise PskdError(f"{source} holds another network: {wrong}. Use its model.name.")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from saved state; if sharded, `load_shards` does it, on as many ranks.

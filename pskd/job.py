@@ -18,6 +18,7 @@ from pskd.failure import understand
 from pskd.fields import TAGS
 from pskd.loading import AnyCatalog, loader, mixer, samples
 from pskd.methods import registry
+from pskd.methods.interface import Method
 from pskd.order import Plan
 from pskd.run_dir import RunDir, Start, Status
 from pskd.sites import Sites
@@ -187,10 +188,10 @@ def _prepare(
             options=StoreOptions(section.encoding, section.read, section.readahead_bytes),
             device=here.device,
         )
-    history = History()
+    history, identity = History(), Identity(catalog.fingerprint)
     checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
     parts: dict[str, Stateful | None] = {
-        "identity": Identity(catalog.fingerprint),
+        "identity": identity,
         "engine": engine,
         "history": history,
         "method": method,
@@ -199,7 +200,7 @@ def _prepare(
     for name, part in parts.items():
         if part is not None:
             checkpoints.register(name, part)
-    position = _restore(checkpoints, engine, store, origin, here, sites)
+    position = _restore(checkpoints, identity, engine, method, store, origin, here, sites)
     log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
@@ -220,10 +221,19 @@ def _prepare(
     return trainer, position
 
 
-def _adopt(origin: Origin, checkpoints: Checkpoints, store: Store | None) -> None:
-    """Make another run's checkpoint the first of this one."""
+def _adopt(
+    origin: Origin,
+    checkpoints: Checkpoints,
+    identity: Identity,
+    engine: Engine,
+    method: Method,
+    store: Store | None,
+) -> None:
+    """Make another run's checkpoint the first of this one, if it fits."""
     directory = origin.checkpoint
     position, state = Checkpoints(directory.parent, 1).read(directory.name)
+    identity.load_state_dict(state["identity"])
+    engine.check_fits(state["engine"], directory)
     if store is None:
         state.pop("store", None)
     elif "store" in state:
@@ -231,12 +241,16 @@ def _adopt(origin: Origin, checkpoints: Checkpoints, store: Store | None) -> Non
     else:
         log.warning("%s has no past predictions: the first targets are one-hot", directory)
         state["store"] = store.empty_state(position.epoch)
+    if state["method"].keys() != method.state_dict().keys():
+        state["method"] = method.state_dict()  # it was another method
     checkpoints.adopt(directory, state)
 
 
 def _restore(
     checkpoints: Checkpoints,
+    identity: Identity,
     engine: Engine,
+    method: Method,
     store: Store | None,
     origin: Origin | None,
     here: World,
@@ -248,7 +262,7 @@ def _restore(
             checkpoints.prepare()
     with here.together():
         if here.rank == 0 and origin is not None:
-            _adopt(origin, checkpoints, store)
+            _adopt(origin, checkpoints, identity, engine, method, store)
     mirror.catch_up(checkpoints, sites)
     with here.together():
         name = checkpoints.latest()
@@ -261,6 +275,8 @@ def _restore(
         store.receive(state["store"])
     with here.together():
         checkpoints.restore(state)
+        if store is not None and sites.leads:  # what a kill kept from being deleted
+            store.retain(m["store"] for m in checkpoints.retain())
     if engine.sharded:
         engine.load_shards(checkpoints.directory / name)
     return position

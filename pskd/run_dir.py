@@ -145,26 +145,29 @@ class RunDir:
             )
         write_atomically(self.path / "config.yaml", config.to_yaml().encode())
 
+    def engine_differences(self, settings: dict[str, Any]) -> list[str]:
+        """How DeepSpeed's settings differ from those that the run began with."""
+        own = _of_the_run(settings)
+        saved = self.read_json("ds_config.json") or own
+        return [
+            f"{key} was {saved.get(key)}, now {own.get(key)}"
+            for key in {**saved, **own}
+            if saved.get(key) != own.get(key)
+        ]
+
     def reconcile_engine(self, settings: dict[str, Any]) -> None:
         """Save DeepSpeed's settings, or compare them with those that the run began with.
 
         Raises:
             PskdError: a setting differs, although the name of the file may not; names each.
         """
-        # What follows from the number of ranks may change with it.
-        own = {k: v for k, v in settings.items() if k != "train_micro_batch_size_per_gpu"}
-        saved = self.read_json("ds_config.json") or own
-        changes = [
-            f"{key} was {saved.get(key)}, now {own.get(key)}"
-            for key in {**saved, **own}
-            if saved.get(key) != own.get(key)
-        ]
+        changes = self.engine_differences(settings)
         if changes:
             raise PskdError(
                 f"{self.path} holds a run of another DeepSpeed configuration: "
                 f"{'; '.join(changes)}. Use the old values, or another --run.dir."
             )
-        self.write_json("ds_config.json", own)
+        self.write_json("ds_config.json", _of_the_run(settings))
 
     def record_start(self, facts: dict[str, Any], origin: dict[str, Any] | None) -> "Start":
         """Append this start to env.json.
@@ -259,6 +262,11 @@ def fail(path: Path, start: int, reason: str) -> bool:
         except OSError:  # a full disk: there is no room for a second file, but in the old one
             (path / "status.json").write_text(json.dumps(failed))
         return True
+
+
+def _of_the_run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what follows from the number of ranks, which may change."""
+    return {k: v for k, v in settings.items() if k != "train_micro_batch_size_per_gpu"}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ a node. Rank 0's site holds the truth; the others receive what they lack, so tha
 from its own disk, and a lost disk is filled again from any other.
 """
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pskd.errors import AgreedError, PskdError
-from pskd.files import write_atomically
+from pskd.files import sync_directory, write_atomically
 from pskd.world import World
 
 _BLOCK_BYTES = 1 << 24
@@ -115,20 +116,19 @@ class Sites:
         source = next(leader for leader, size in sizes.items() if size == end)
         if start == end:
             return failure
-        have = sizes[self.rank]
+        have, sends = sizes[self.rank], self.rank == source
         file = -1
         try:
             if failure is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                file = _open(path, write=not sends)
         except OSError as error:
             failure = error
         for first, last in _blocks(start, end):
             block = torch.zeros(last - first, dtype=torch.uint8)
             content = memoryview(block.numpy())  # type: ignore[arg-type]
             try:
-                if failure is None and self.rank == source:
-                    os.preadv(file, [content], first)
+                if failure is None and sends:
+                    _read_all(file, path, content, first)
             except OSError as error:
                 failure = error
             dist.broadcast(block, src=source, group=self._group)
@@ -139,7 +139,7 @@ class Sites:
             except OSError as error:
                 failure = error
         if file >= 0:
-            failure = _finish(file, failure)
+            failure = _finish(file, failure, sync=not sends)
         return failure
 
 
@@ -176,15 +176,34 @@ def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + _BLOCK_BYTES, end)
 
 
+def _open(path: Path, write: bool) -> int:
+    if not write:
+        return os.open(path, os.O_RDONLY)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    sync_directory(path.parent)
+    sync_directory(path.parent.parent)
+    return file
+
+
+def _read_all(file: int, path: Path, content: memoryview, offset: int) -> None:
+    while content:
+        count = os.preadv(file, [content], offset)
+        if count == 0:
+            raise OSError(errno.EIO, "it is shorter than it was", str(path))
+        content, offset = content[count:], offset + count
+
+
 def _write_all(file: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
 
 
-def _finish(file: int, failure: OSError | None) -> OSError | None:
+def _finish(file: int, failure: OSError | None, sync: bool) -> OSError | None:
     try:
-        os.fsync(file)
+        if sync:
+            os.fsync(file)
     except OSError as error:
         failure = failure or error
     finally:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pskd import deepspeed_config, hashing, run_dir
-from pskd.checkpoint import Checkpoints
+from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.errors import AgreedError, PskdError
 from pskd.run_dir import RunDir, Start
@@ -88,6 +88,7 @@ def register_start(
             record = None
             if origin is not None:
                 changes = origin.run.differences(config)
+                changes += origin.run.engine_differences(settings)
                 record = {"checkpoint": str(origin.checkpoint), "changes": changes}
                 log.warning(
                     "beginning from %s%s",
@@ -138,7 +139,22 @@ def _origin(config: Config, directory: RunDir) -> Origin | None:
         raise PskdError(
             f"run.resume {given} is neither a run directory nor RUN/checkpoints/NAME of one."
         )
-    return Origin(RunDir(path.absolute().parent.parent), path.absolute())
+    origin = Origin(RunDir(path.absolute().parent.parent), path.absolute())
+    if Position.of(path.name).step:
+        _refuse_other_order(origin, config)
+    return origin
+
+
+def _refuse_other_order(origin: Origin, config: Config) -> None:
+    """A position inside an epoch means nothing in another order of samples."""
+    keys = ("train.batch_size", "train.seed", "data.last_batch")
+    changes = [c for c in origin.run.differences(config) if c.startswith(keys)]
+    if changes:
+        raise PskdError(
+            f"run.resume {origin.checkpoint} lies inside an epoch, the rest of which would be "
+            f"other samples: {'; '.join(changes)}. Name a checkpoint at the end of an epoch "
+            "(NAME-00000000), or keep these settings."
+        )
 
 
 def _facts(here: World, threads: int) -> dict[str, Any]:

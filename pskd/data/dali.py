@@ -66,10 +66,15 @@ class ImageOptions:
 
 
 class _Rows(NamedTuple):
-    """What DALI is fed for one batch; windows: y, x, height, width in pixels."""
+    """What DALI is fed for one batch.
+
+    windows: y, x, height, width in pixels. size: height, width after resizing. centre: where the
+    crop of a whole image lies, from 0 (top, left) to 1.
+    """
 
     paths: list[npt.NDArray[np.uint8]]
     windows_R4: npt.NDArray[np.int32]
+    centre_R2: npt.NDArray[np.float32]
     mirror_R: npt.NDArray[np.int32]
     size_R2: npt.NDArray[np.float32]
     maps_R37: npt.NDArray[np.float32]
@@ -81,10 +86,11 @@ class _Rows(NamedTuple):
         return _Rows(*columns)
 
     def feed(self, whole: bool) -> tuple[Any, ...]:
-        """As the external source returns it; without windows for whole images."""
+        """As the external source returns it; with windows, or of whole images with centres."""
         common = (self.paths, self.labels_R, self.maps_R37, self.size_R2, self.mirror_R)
         if whole:
-            return common
+            y_R, x_R = np.ascontiguousarray(self.centre_R2.T)
+            return (*common, y_R, x_R)
         start_R2 = np.ascontiguousarray(self.windows_R4[:, :2])
         shape_R2 = np.ascontiguousarray(self.windows_R4[:, 2:])
         return (*common, start_R2, shape_R2)
@@ -231,8 +237,15 @@ class DaliData:
         if options.augment == "pskd-imagenet":
             maps_B37 = colour.maps(self._seed, epoch, ids_B, view)
         size_B2 = np.full((count, 2), options.size_at(epoch), np.float32)
-        labels_B = self._train.labels_N[ids_B]
-        return _Rows(self._train.paths(ids_B), windows_B4, mirror_B, size_B2, maps_B37, labels_B)
+        return _Rows(
+            self._train.paths(ids_B),
+            windows_B4,
+            np.zeros((count, 2), np.float32),
+            mirror_B,
+            size_B2,
+            maps_B37,
+            self._train.labels_N[ids_B],
+        )
 
     def _validation_rows(self, ids_B: Ids) -> _Rows:
         """Whole images, the shorter side resized; the centre is cut out afterwards."""
@@ -241,10 +254,14 @@ class DaliData:
         shorter_B = np.minimum(widths_B, heights_B)
         sides_B2 = np.stack([heights_B, widths_B], axis=1).astype(np.int64)
         size_B2 = sides_B2 * self._options.validation_resize // shorter_B[:, None]
+        # As torchvision's CenterCrop: half a pixel goes to the even side.
+        room_B2 = size_B2 - self._options.image_size
+        centre_B2 = np.rint(room_B2 / 2) / np.maximum(room_B2, 1)
         count = len(ids_B)
         return _Rows(
             self._validation.paths(ids_B),
             np.zeros((count, 4), np.int32),
+            centre_B2.astype(np.float32),
             np.zeros(count, np.int32),
             size_B2.astype(np.float32),
             np.zeros((count, 3, 7), np.float32),
@@ -349,17 +366,16 @@ def build_pipeline(
         prefetch_queue_depth=options.prefetch,
     )
     with pipeline:
-        path, label, maps, size, mirror, *window = fn.external_source(
-            source, num_outputs=5 if whole else 7, batch=True
+        path, label, maps, size, mirror, first, second = fn.external_source(
+            source, num_outputs=7, batch=True
         )
         # Read by DALI's threads, several at a time; its mapped files would open one by one.
         encoded = fn.io.file.read(path, dont_use_mmap=True)
         if whole:
             image = fn.decoders.image(encoded, **decoder)
         else:
-            start, shape = window
             image = fn.decoders.image_slice(
-                encoded, start=start, shape=shape, axis_names="HW", **decoder
+                encoded, start=first, shape=second, axis_names="HW", **decoder
             )
         if device_id is not None:
             image, label, maps = image.gpu(), label.gpu(), maps.gpu()
@@ -369,6 +385,8 @@ def build_pipeline(
         image = fn.crop_mirror_normalize(
             image,
             crop=(options.image_size, options.image_size) if whole else None,
+            crop_pos_y=first if whole else None,
+            crop_pos_x=second if whole else None,
             mirror=mirror,
             dtype=types.FLOAT,
             mean=mean,

@@ -82,7 +82,8 @@ class Float16:
 class Uint8Log:
     """A byte a class: the log-probability below the row's largest, in 255 steps over 16 nats.
 
-    A class is off by at most a factor exp(8/255) = 1.032; below e^-16 of the largest it becomes 0.
+    A class is off by at most a factor exp(8/255) = 1.032; below e^-15.97 of the largest it becomes
+    0.
     The row's scale is not kept: decoded rows are renormalised to sum to 1.
     """
 
@@ -139,8 +140,11 @@ class TopK:
     def decode(self, bytes_BR: Tensor, classes: int) -> Tensor:
         """Spread 1 - sum of the k evenly over the other classes, then renormalise."""
         split = 2 * self.k
-        values_BK = bytes_BR[:, :split].contiguous().view(torch.float16).float()
-        index_BK = bytes_BR[:, split:].contiguous().view(self._index(classes)).long()
+        # Copies: a view of a single row would keep its offset, which may be odd.
+        values = bytes_BR[:, :split].clone(memory_format=torch.contiguous_format)
+        index = bytes_BR[:, split:].clone(memory_format=torch.contiguous_format)
+        values_BK = values.view(torch.float16).float()
+        index_BK = index.view(self._index(classes)).long()
         rest_B1 = (1 - values_BK.sum(dim=1, keepdim=True)).clamp_(min=0) / (classes - self.k)
         probs_BC = rest_B1.repeat(1, classes).scatter_(1, index_BK, values_BK)
         return probs_BC.div_(probs_BC.sum(dim=1, keepdim=True))

@@ -124,6 +124,11 @@ class Generation:
         for segment in self.segments[part::parts]:
             segment.verify()
 
+    def close(self) -> None:
+        """End the reading threads."""
+        if self._readers is not None:
+            self._readers.shutdown(wait=True)
+
     def warm_up(self, limit_bytes: int, part: int, parts: int, stop: Callable[[], bool]) -> None:
         """Read up to `limit_bytes` into the page cache, segments front to back.
 

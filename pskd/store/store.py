@@ -87,8 +87,7 @@ class Store:
         self._readable: Generation | None = None
         self._appender = Appender(self._encoding, classes)
         self._lookahead = Lookahead(device)
-        self._closing = threading.Event()
-        self._warming: threading.Thread | None = None
+        self._warming: _WarmUp | None = None
 
     def begin_epoch(self, epoch: int) -> None:
         """Make generation epoch - 1 readable and start generation `epoch`.
@@ -112,14 +111,17 @@ class Store:
         self._lookahead.start(self._readable, ids_B)
 
     def past(self, ids_B: Ids) -> tuple[Tensor, Tensor]:
-        """Last epoch's rows: float32 (B, C), zeros if absent, and present_B bool, on the device."""
+        """Last epoch's rows: float32 (B, C), zeros if absent, and present_B bool, on the device.
+
+        On the CPU they may lie in a reused buffer, until the second `prefetch` from now.
+        """
         assert self._readable is not None, "begin_epoch comes first"
         return self._lookahead.take(self._readable, ids_B)
 
     def remember(self, ids_B: Ids, probs_BC: Tensor) -> None:
         """Append this epoch's predictions of one step: float32 (B, C), any device.
 
-        Returns before they are on the disk.
+        Returns before they are on the disk; `probs_BC` may be overwritten then, `ids_B` may not.
 
         Raises:
             PskdError: an earlier step's rows are not finite or no probabilities (names the
@@ -197,8 +199,12 @@ class Store:
         Called by one rank of a directory. Links where the file system can, copies otherwise.
 
         Raises:
-            PskdError: a segment is missing, or there is no room.
+            PskdError: a segment is missing or foreign (nothing is taken over then), or there is no
+                room.
         """
+        self._runs |= set(state["runs"])
+        for part in ("finished", "growing"):
+            self._open([Entry(*e) for e in state[part]], source).close()
         adopted = dict(state)
         number = 0
         for part in ("finished", "growing"):
@@ -235,11 +241,12 @@ class Store:
 
     def close(self) -> None:
         """Stop the threads; give back the room that the growing segment reserved."""
-        self._closing.set()
         self._lookahead.close()
         self._appender.close()
         if self._warming is not None:
-            self._warming.join()
+            self._warming.end()
+        if self._readable is not None:
+            self._readable.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -268,6 +275,7 @@ class Store:
         self._epoch += 1
         self._finished, self._growing, self._inherited = self._growing, [], []
         self._spread = {}
+        self._readable.close()
         self._readable, self._writer = growing, None
         self._warm_up(growing)
 
@@ -277,18 +285,12 @@ class Store:
         self._segment().append(ids_B, rows_BR)
 
     def _warm_up(self, generation: Generation) -> None:
+        if self._warming is not None:
+            self._warming.end()
+            self._warming = None
         if self._options.readahead_bytes and generation.segments:
-            self._warming = threading.Thread(
-                target=generation.warm_up,
-                args=(
-                    self._options.readahead_bytes,
-                    self._peers.local_rank,
-                    self._peers.local_size,
-                    self._closing.is_set,
-                ),
-                name="store-readahead",
-            )
-            self._warming.start()
+            peers, limit = self._peers, self._options.readahead_bytes
+            self._warming = _WarmUp(generation, limit, peers.local_rank, peers.local_size)
 
     def _segment(self) -> SegmentWriter:
         """This start's segment of the growing generation."""
@@ -324,9 +326,9 @@ class Store:
             whole[entry.segment] = segment.end
         return whole
 
-    def _open(self, entries: list[Entry]) -> Generation:
+    def _open(self, entries: list[Entry], directory: Path | None = None) -> Generation:
         generation = Generation(
-            self._directory, self._n, self._classes, entries, self._options.read
+            directory or self._directory, self._n, self._classes, entries, self._options.read
         )
         for segment in generation.segments:
             header = segment.header
@@ -335,6 +337,23 @@ class Store:
             ours = header.run in self._runs
             expect(segment, "run", header.run if ours else self._run, header.run)
         return generation
+
+
+class _WarmUp:
+    """A thread that reads a generation into the page cache."""
+
+    def __init__(self, generation: Generation, limit_bytes: int, part: int, parts: int) -> None:
+        self._stop = threading.Event()
+        arguments = (limit_bytes, part, parts, self._stop.is_set)
+        self._thread = threading.Thread(
+            target=generation.warm_up, args=arguments, name="store-readahead"
+        )
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop it, if it still runs."""
+        self._stop.set()
+        self._thread.join()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

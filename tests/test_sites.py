@@ -1,0 +1,634 @@
+"""Nodes that share no run directory: segments and checkpoints travel, and a lost disk is no loss.
+
+Ranks are real processes with directories of their own; at the end, whole jobs of which each node
+sees another disk at the same path. Letters: N samples, C classes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from pskd import mirror, sites
+from pskd.checkpoint import Checkpoints, Position
+from pskd.errors import AgreedError
+from pskd.order import partition
+from pskd.sites import Sites, discover
+from pskd.store import open_generation
+from pskd.store.store import Store, StoreOptions
+from tests.launches import DEADLINE_S, ROOT, metrics, result, train
+from tests.system import mounted, needs_root
+
+N, BATCH, STEPS, EPOCHS = 60, 12, 4, 3  # an epoch skips 12 samples
+LEADERS = [[0, 1], [0, 0, 2, 2], [0, 1, 2, 3]]
+apart = pytest.mark.parametrize("leaders", LEADERS, ids=str)
+
+
+def order_of(epoch):
+    return np.random.default_rng(epoch).permutation(N)[: BATCH * STEPS]
+
+
+def rows_of(epoch, classes):
+    generator = torch.Generator().manual_seed(epoch)
+    return torch.softmax(4 * torch.randn(N, classes, generator=generator), dim=1)
+
+
+def assert_past(store, epoch, classes):
+    """This rank reads every row of the epoch before, or of an earlier one."""
+    want, seen = torch.zeros(N, classes), torch.zeros(N, dtype=torch.bool)
+    for earlier in range(epoch):
+        ids = order_of(earlier)
+        want[ids], seen[ids] = rows_of(earlier, classes)[ids], True
+    rows, present = store.past(np.arange(N))
+    assert torch.equal(present, seen)
+    assert torch.equal(rows, want)
+
+
+def site_of(root, leader):
+    return root / f"site-{leader}"
+
+
+def go_on(world, root, leaders, start, stop=None, classes=5):
+    """Train like the trainer, from the newest checkpoint to the end or to position `stop`.
+
+    A message of what all ranks failed with, or None.
+    """
+    here = Sites(world, leaders)
+    directory = site_of(root, leaders[world.rank])
+    checkpoints = Checkpoints(directory / "checkpoints", keep=2)
+    store = Store(
+        directory / "store",
+        n=N,
+        classes=classes,
+        identity="data",
+        run="run",
+        start=start,
+        peers=here,
+        options=StoreOptions("float32"),
+        device=torch.device("cpu"),
+    )
+    checkpoints.register("store", store)
+
+    def save(position):
+        store.commit()
+        with world.together():
+            if world.rank == 0:
+                checkpoints.save(position)
+        mirror.send(checkpoints, position, 0, here)
+        if here.leads:
+            store.retain(m["store"] for m in checkpoints.retain())
+        return position == stop
+
+    def run():
+        with world.together():
+            if here.leads:
+                directory.mkdir(exist_ok=True)
+                checkpoints.prepare()
+        mirror.catch_up(checkpoints, here)
+        position = Position(0, 0)
+        if (name := world.broadcast(checkpoints.latest())) is not None:
+            position, state = checkpoints.read(name)
+            store.receive(state["store"])
+            with world.together():
+                checkpoints.restore(state)
+        if position == stop:
+            return
+        first = position.step
+        for epoch in range(position.epoch, EPOCHS):
+            store.begin_epoch(epoch)
+            assert_past(store, epoch, classes)
+            order, rows = order_of(epoch), rows_of(epoch, classes)
+            for step in range(first, STEPS):
+                low, high = partition(BATCH, world.size)[world.rank :][:2]
+                ids = order[BATCH * step + low : BATCH * step + high]
+                store.remember(ids, rows[ids])
+                if step % 2 and save(Position(epoch, step + 1)):
+                    return
+            first = 0
+            store.begin_epoch(epoch + 1)
+            if save(Position(epoch + 1, 0)):
+                return
+
+    try:
+        run()
+    except AgreedError as error:
+        return str(error)
+    finally:
+        store.close()
+    return None
+
+
+def tree(directory):
+    """relative name -> content of the store's files."""
+    files = (p for p in (directory / "store").rglob("*") if p.is_file())
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in files}
+
+
+def named_segments(root, leader):
+    """relative name -> content of what the newest checkpoint names at a site."""
+    directory = site_of(root, leader)
+    checkpoints = Checkpoints(directory / "checkpoints", 2)
+    _, state = checkpoints.read(checkpoints.latest())
+    entries = (*state["store"]["finished"], *state["store"]["growing"])
+    return {name: (directory / "store" / name).read_bytes() for name, *_ in entries}
+
+
+def contents(directory):
+    """name of each finished generation -> bytes of its rows."""
+    found = {}
+    for manifest in sorted(directory.glob("store/gen-*/manifest.json")):
+        table = open_generation(manifest.parent)
+        table.verify()
+        found[manifest.parent.name] = table[np.flatnonzero(table.present_N)].numpy().tobytes()
+    return found
+
+
+def last_two(directory):
+    found = contents(directory)
+    return [found[f"gen-{epoch:06d}"] for epoch in (EPOCHS - 2, EPOCHS - 1)]
+
+
+@pytest.fixture(scope="module")
+def shared(pool, tmp_path_factory):
+    """What as many ranks write into one directory that they all see."""
+    done = {}
+
+    def of(size):
+        if size not in done:
+            root = tmp_path_factory.mktemp(f"shared-{size}")
+            assert pool(size).run(go_on, root, [0] * size, 0) == [None] * size
+            done[size] = site_of(root, 0)
+        return done[size]
+
+    return of
+
+
+class TestTraining:
+    @apart
+    def test_every_site_ends_with_the_files_of_a_shared_directory(
+        self, pool, tmp_path, shared, leaders
+    ):
+        """To the byte, segments and manifests; each rank has read every row from its own disk."""
+        size = len(leaders)
+        assert pool(size).run(go_on, tmp_path, leaders, 0) == [None] * size
+        want = tree(shared(size))
+        assert len(want) > EPOCHS
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            f"site-{leader}" for leader in sorted(set(leaders))
+        ]
+        for leader in set(leaders):
+            assert tree(site_of(tmp_path, leader)) == want
+            assert contents(site_of(tmp_path, leader)) == contents(shared(size))
+        names = [
+            sorted(p.name for p in (site_of(tmp_path, leader) / "checkpoints").iterdir())
+            for leader in set(leaders)
+        ]
+        assert names.count(names[0]) == len(names)
+
+    @pytest.mark.parametrize(
+        ("leaders", "lost"),
+        [
+            ([0, 1], [0]),
+            ([0, 1], [1]),
+            ([0, 0, 2, 2], [0]),
+            ([0, 0, 2, 2], [2]),
+            ([0, 1, 2, 3], [0, 1, 2]),
+            ([0, 1, 2, 3], [1, 2, 3]),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("stop", [Position(1, 2), Position(2, 0)], ids=str)
+    def test_a_lost_disk_is_filled_again_and_training_goes_on(
+        self, pool, tmp_path, shared, leaders, lost, stop
+    ):
+        """Rank 0's too, and all but one."""
+        size = len(leaders)
+        assert pool(size).run(go_on, tmp_path, leaders, 0, stop) == [None] * size
+        kept = next(leader for leader in leaders if leader not in lost)
+        before = named_segments(tmp_path, kept)
+        for leader in lost:
+            shutil.rmtree(site_of(tmp_path, leader))
+        assert pool(size).run(go_on, tmp_path, leaders, 1, stop) == [None] * size
+        for leader in lost:
+            assert named_segments(tmp_path, leader) == before
+        assert pool(size).run(go_on, tmp_path, leaders, 2) == [None] * size
+        for leader in leaders:
+            assert last_two(site_of(tmp_path, leader)) == last_two(shared(size))
+        assert len({json.dumps(sorted(named_segments(tmp_path, k))) for k in leaders}) == 1
+        assert all(
+            named_segments(tmp_path, k) == named_segments(tmp_path, leaders[0]) for k in leaders
+        )
+
+    def test_a_site_that_missed_a_checkpoint_catches_up(self, pool, tmp_path, shared):
+        """Its disk holds an older state, and what it wrote since is in nobody's way."""
+        assert pool(2).run(go_on, tmp_path, [0, 1], 0, Position(1, 0)) == [None] * 2
+        older = shutil.copytree(site_of(tmp_path, 0), tmp_path / "older")
+        assert pool(2).run(go_on, tmp_path, [0, 1], 1, Position(2, 2)) == [None] * 2
+        shutil.rmtree(site_of(tmp_path, 0))
+        older.rename(site_of(tmp_path, 0))
+        assert pool(2).run(go_on, tmp_path, [0, 1], 2, Position(2, 2)) == [None] * 2
+        assert named_segments(tmp_path, 0) == named_segments(tmp_path, 1)
+        assert not list(tmp_path.rglob("seg-000002-*")), "nothing was trained again"
+        assert pool(2).run(go_on, tmp_path, [0, 1], 2) == [None] * 2
+        for leader in (0, 1):
+            assert last_two(site_of(tmp_path, leader)) == last_two(shared(2))
+            assert (site_of(tmp_path, leader) / "checkpoints/latest").read_text() == (
+                Position(EPOCHS, 0).name
+            )
+
+    def test_begun_apart_and_ended_on_a_shared_directory_and_back(self, pool, tmp_path, shared):
+        """The layout of the nodes may change with each start, and their number."""
+        assert pool(2).run(go_on, tmp_path, [0, 1], 0, Position(0, 2)) == [None] * 2
+        assert pool(4).run(go_on, tmp_path, [0] * 4, 1, Position(1, 2)) == [None] * 4
+        assert pool(4).run(go_on, tmp_path, [0, 0, 2, 2], 2, Position(2, 2)) == [None] * 4
+        assert pool(2).run(go_on, tmp_path, [0, 1], 3) == [None] * 2
+        for leader in (0, 1):
+            assert last_two(site_of(tmp_path, leader)) == last_two(shared(2))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[4096 + 40] ^= 1  # within the ids of the first chunk
+    path.write_bytes(content)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lengthen(path):
+    with path.open("ab") as file:
+        file.write(b"what a later commit had begun to write")
+    flip(path)
+
+
+class TestDamage:
+    @pytest.mark.parametrize("damage", [flip, truncate, lengthen, Path.unlink])
+    @pytest.mark.parametrize("at", [(0,), (1,), (0, 1)], ids=str)
+    def test_a_damaged_replica_is_fetched_again(self, pool, tmp_path, shared, damage, at):
+        """Also if each site has damaged another segment."""
+        assert pool(2).run(go_on, tmp_path, [0, 1], 0, Position(2, 2)) == [None] * 2
+        segments = named_segments(tmp_path, 0)
+        for site, name in zip(at, (sorted(segments)[0], sorted(segments)[-1]), strict=False):
+            damage(site_of(tmp_path, site) / "store" / name)
+        assert pool(2).run(go_on, tmp_path, [0, 1], 1) == [None] * 2
+        for leader in (0, 1):
+            assert last_two(site_of(tmp_path, leader)) == last_two(shared(2))
+            for name, content in segments.items():
+                path = site_of(tmp_path, leader) / "store" / name
+                assert path.read_bytes()[: len(content)] == content
+
+    def test_what_is_damaged_everywhere_is_refused_by_name_on_every_rank(self, pool, tmp_path):
+        assert pool(2).run(go_on, tmp_path, [0, 1], 0, Position(2, 2)) == [None] * 2
+        name = sorted(named_segments(tmp_path, 0))[0]
+        for site in (0, 1):
+            flip(site_of(tmp_path, site) / "store" / name)
+        first, second = pool(2).run(go_on, tmp_path, [0, 1], 1)
+        assert first == second
+        assert f"{site_of(tmp_path, 0)}/store/{name}" in first
+        assert "damaged" in first
+
+
+@needs_root
+class TestFullDisk:
+    @pytest.mark.parametrize("full", [0, 1])
+    def test_no_room_at_one_site_stops_all_with_one_message(self, pool, tmp_path, full):
+        """Its own segment fits, what it receives does not. With room again the run goes on."""
+        classes = 1000  # 30 rows of 4 kB a rank
+        with mounted(site_of(tmp_path, full)) as disk:
+            disk.leave(180 << 10)
+            first, second = pool(2).run(go_on, tmp_path, [0, 1], 0, None, classes)
+            assert first == second
+            assert str(disk.path) in first
+            assert "No space left on device" in first
+            assert "start again" in first
+            disk.free_all()
+            stop = Position(1, 2)
+            assert pool(2).run(go_on, tmp_path, [0, 1], 1, stop, classes) == [None] * 2
+            assert named_segments(tmp_path, 0) == named_segments(tmp_path, 1)
+
+    def test_a_read_only_site_stops_all_with_one_message(self, pool, tmp_path):
+        with mounted(site_of(tmp_path, 1)) as disk:
+            disk.make_read_only()
+            first, second = pool(2).run(go_on, tmp_path, [0, 1], 0)
+            assert first == second
+            assert str(disk.path) in first
+            assert "Read-only file system" in first
+
+
+def spread(world, leaders, paths, vouched, block_bytes):
+    """Bytes that this rank took part in sending; the message if it fails."""
+    here, sent, broadcast = Sites(world, leaders), [], dist.broadcast
+
+    def count(tensor, *args, **options):
+        sent.append(tensor.numel())
+        return broadcast(tensor, *args, **options)
+
+    before, sites._BLOCK_BYTES, dist.broadcast = sites._BLOCK_BYTES, block_bytes, count
+    try:
+        here.spread(paths[world.rank], vouched[world.rank])
+    except AgreedError as error:
+        return sum(sent), str(error)
+    finally:
+        sites._BLOCK_BYTES, dist.broadcast = before, broadcast
+    return sum(sent), None
+
+
+def train_and_count(world, root, leaders):
+    """A run without checkpoints: bytes that were sent for its segments, commit by commit."""
+    here, sent, broadcast = Sites(world, leaders), [0], dist.broadcast
+    store = Store(
+        site_of(root, leaders[world.rank]),
+        n=N,
+        classes=100,
+        identity="data",
+        run="run",
+        start=0,
+        peers=here,
+        options=StoreOptions("float32"),
+        device=torch.device("cpu"),
+    )
+
+    def count(tensor, *args, **options):
+        sent[-1] += tensor.numel()
+        return broadcast(tensor, *args, **options)
+
+    dist.broadcast = count
+    try:
+        for epoch in range(2):
+            store.begin_epoch(epoch)
+            for step in range(STEPS):
+                low, high = partition(BATCH, world.size)[world.rank :][:2]
+                ids = order_of(epoch)[BATCH * step + low : BATCH * step + high]
+                store.remember(ids, rows_of(epoch, 100)[ids])
+                sent.append(0)
+                store.commit()
+            sent.append(0)
+            store.commit()  # nothing new
+        sent.append(0)
+        store.begin_epoch(2)
+    finally:
+        dist.broadcast = broadcast
+        store.close()
+    return sent
+
+
+class TestTransfer:
+    @pytest.mark.parametrize("block_bytes", [1, 7, 1000, 1 << 24])
+    def test_each_site_gets_what_it_lacks_from_one_that_has_it(self, pool, tmp_path, block_bytes):
+        """Nothing, a part, all, and garbage beyond what it vouches for."""
+        content = np.random.default_rng(0).integers(0, 256, 50, np.uint8).tobytes()
+        paths = [tmp_path / str(rank) for rank in range(4)]
+        vouched = [{"gen/a": 20}, {}, {"gen/a": 50, "b": 0}, {"gen/a": 7}]
+        for rank, (path, files) in enumerate(zip(paths, vouched, strict=True)):
+            (path / "gen").mkdir(parents=True)
+            if files:
+                garbage = b"garbage" if rank == 3 else b""
+                (path / "gen/a").write_bytes(content[: files["gen/a"]] + garbage)
+        answers = pool(4).run(spread, [0, 1, 2, 3], paths, vouched, block_bytes)
+        assert answers == [(50, None)] * 4
+        for path in paths:
+            assert (path / "gen/a").read_bytes() == content
+
+    def test_what_all_have_is_not_sent(self, pool, tmp_path):
+        paths = [tmp_path / str(rank) for rank in range(2)]
+        answers = pool(2).run(spread, [0, 1], paths, [{"a": 10}, {"a": 10}], 1 << 24)
+        assert answers == [(0, None)] * 2
+
+    @apart
+    def test_a_commit_sends_only_what_is_new(self, pool, tmp_path, leaders):
+        """Each byte of each segment once; a commit without news nothing."""
+        size = len(leaders)
+        answers = pool(size).run(train_and_count, tmp_path, leaders)
+        site = site_of(tmp_path, 0)
+        segments = sum(p.stat().st_size for p in site.glob("gen-*/*.psk"))
+        for rank, sent in enumerate(answers):
+            if rank in leaders:
+                assert sum(sent) == segments
+                assert sent[0] == 0
+                assert sent[STEPS + 1] == 0
+                assert max(sent) < segments / 3
+            else:
+                assert sum(sent) == 0, "its leader receives for it"
+
+    @pytest.mark.parametrize("there", [False, True])
+    def test_a_source_that_lacks_what_it_vouches_for_is_an_error(self, pool, tmp_path, there):
+        paths = [tmp_path / str(rank) for rank in range(2)]
+        for path in paths:
+            path.mkdir()
+        if there:
+            (paths[0] / "a").write_bytes(b"123")
+        answers = pool(2).run(spread, [0, 1], paths, [{"a": 10}, {}], 1 << 24)
+        assert all(message is not None and str(paths[0]) in message for _, message in answers)
+
+
+def small_files(world, leaders, directories, what):
+    here = Sites(world, leaders)
+    if what == "copy":
+        here.copy(directories[world.rank], ["a", "b", "c"])
+    else:
+        here.recover(directories[world.rank], ["a", "b", "key"], key="key")
+
+
+class TestSmallFiles:
+    def write(self, tmp_path, contents):
+        paths = [tmp_path / str(rank) for rank in range(len(contents))]
+        for path, files in zip(paths, contents, strict=True):
+            path.mkdir()
+            for name, text in files.items():
+                (path / name).write_text(text)
+        return paths
+
+    def read(self, paths):
+        return [{p.name: p.read_text() for p in path.iterdir()} for path in paths]
+
+    def test_copies_are_rank_0s(self, pool, tmp_path):
+        paths = self.write(tmp_path, [{"a": "0"}, {"a": "old", "b": "mine"}])
+        pool(2).run(small_files, [0, 1], paths, "copy")
+        assert self.read(paths) == [{"a": "0"}, {"a": "0", "b": "mine"}]
+
+    def test_rank_0_recovers_the_longest_record(self, pool, tmp_path):
+        longest = {"key": "123", "a": "new"}
+        paths = self.write(tmp_path, [{"a": "stray"}, {"key": "1"}, longest, {}])
+        pool(4).run(small_files, [0, 1, 2, 3], paths, "recover")
+        assert self.read(paths) == [longest, {"key": "1"}, longest, {}]
+
+    @pytest.mark.parametrize("others", [{"key": "123"}, {}])
+    def test_rank_0_keeps_its_record(self, pool, tmp_path, others):
+        paths = self.write(tmp_path, [{"key": "1"}, others])
+        pool(2).run(small_files, [0, 1], paths, "recover")
+        assert self.read(paths) == [{"key": "1"}, others]
+
+
+def discover_on(world, local_size, sees_rank_0, sees_own):
+    """On nodes of `local_size` ranks."""
+    here = replace(world, local_rank=world.rank % local_size, local_size=local_size)
+    try:
+        found = discover(here, sees_rank_0[world.rank], sees_own[world.rank])
+    except AgreedError as error:
+        return str(error)
+    return found.leaders, found.colleagues, found.leads, found.separate
+
+
+class TestDiscovery:
+    def test_a_shared_directory_is_one_site(self, pool):
+        for own in ([True] * 4, [True, False, False, False]):
+            answers = pool(4).run(discover_on, 2, [True] * 4, own)
+            assert answers == [([0], (0, 1, 2, 3), rank == 0, False) for rank in range(4)]
+
+    def test_two_nodes_of_two(self, pool):
+        answers = pool(4).run(discover_on, 2, [True, True, False, False], [True] * 4)
+        assert [a[1] for a in answers] == [(0, 1)] * 2 + [(2, 3)] * 2
+        assert [a[2] for a in answers] == [True, False, True, False]
+        assert all(a[0] == [0, 2] and a[3] for a in answers)
+
+    def test_a_node_that_shares_rank_0s_disk_beside_one_that_does_not(self, pool):
+        answers = pool(4).run(discover_on, 1, [True, True, False, True], [True] * 4)
+        assert [a[1] for a in answers] == [(0, 1, 3), (0, 1, 3), (2,), (0, 1, 3)]
+
+    def test_a_rank_that_sees_neither_is_named_on_every_rank(self, pool):
+        answers = pool(4).run(discover_on, 2, [True, True, False, False], [True, True, True, False])
+        assert len(set(answers)) == 1
+        assert "rank 3 sees neither the run directory of rank 0 nor that of rank 2" in answers[0]
+        assert "--run.dir" in answers[0]
+
+
+FLAGS = (
+    "--recipe=digits-pskd",
+    "--run.threads=1",
+    "--train.epochs=3",
+    "--schedule.milestones=[2]",
+    "--checkpoint.every_steps=7",
+)
+
+
+class Nodes:
+    """Two nodes of one process each; the run directory is another disk on each of them."""
+
+    def __init__(self, root, *flags):
+        self.run_dir = root / "run"
+        self.run_dir.mkdir(exist_ok=True)
+        self.disks = [root / "disk0", root / "disk1"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes, self._logs = [], []
+        for rank, disk in enumerate(self.disks):
+            disk.mkdir(exist_ok=True)
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            }
+            script = 'mount --bind "$0" "$1" && shift && exec "$@"'
+            train = [sys.executable, str(ROOT / "train.py"), "--run.dir", str(self.run_dir)]
+            command = ["unshare", "-m", "sh", "-c", script, str(disk), str(self.run_dir)]
+            self._logs.append(root / f"log-{port}-{rank}")
+            with self._logs[-1].open("w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [*command, *train, *flags],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ | environment,
+                    )
+                )
+
+    def wait(self):
+        """Both exit codes."""
+        return [process.wait(DEADLINE_S) for process in self.processes]
+
+    def wait_until(self, ready):
+        """Until `ready()`; fails if a process ends before."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not ready():
+            assert all(p.poll() is None for p in self.processes), self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.01)
+
+    def output(self):
+        """What both printed so far."""
+        return "".join(log.read_text() for log in self._logs)
+
+    def kill(self):
+        """SIGKILL, at once."""
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+        self.wait()
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """Starts jobs on two nodes, and ends what is left of them."""
+    started = []
+
+    def start(*flags):
+        started.append(Nodes(tmp_path, *flags))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.kill()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Two ranks on one directory."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    job = train(run_dir, *FLAGS, processes=2)
+    assert job.process.returncode == 0, job.output()
+    return run_dir
+
+
+@needs_root
+class TestNodes:
+    def test_zero_stages_are_refused_by_name(self, nodes):
+        job = nodes(*FLAGS, "--engine.deepspeed_config=fp32-zero1")
+        assert job.wait() == [1, 1]
+        assert "fp32-zero1" in job.output()
+        assert "run directory that all nodes share" in job.output()
+        assert job.output().count("error:") == 1
+
+    @pytest.mark.slow
+    def test_two_nodes_end_with_the_weights_of_one(self, nodes, reference):
+        """To the bit; each node's disk then holds checkpoints and predictions."""
+        job = nodes(*FLAGS)
+        assert job.wait() == [0, 0], job.output()
+        assert result(job.disks[0])["weights_sha256"] == result(reference)["weights_sha256"]
+        assert contents(job.disks[0]) == contents(job.disks[1]) == contents(reference)
+        latest = [(d / "checkpoints/latest").read_text() for d in job.disks]
+        assert latest == [(reference / "checkpoints/latest").read_text()] * 2
+        assert list(job.run_dir.iterdir()) == [], "nothing outside of the nodes' disks"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("lost", [0, 1])
+    def test_a_node_that_lost_its_disk_costs_nothing(self, nodes, reference, lost):
+        """All killed in mid-epoch, one disk emptied, started again without a flag."""
+        job = nodes(*FLAGS)
+        job.wait_until((job.disks[1] / "checkpoints/000001-00000007/state.pt").exists)
+        job.kill()
+        assert (job.disks[lost] / "store").exists()
+        shutil.rmtree(job.disks[lost])
+        again = nodes(*FLAGS)
+        assert again.wait() == [0, 0], again.output()
+        assert "resuming" in again.output()
+        assert result(job.disks[0])["weights_sha256"] == result(reference)["weights_sha256"]
+        assert contents(job.disks[0])["gen-000002"] == contents(reference)["gen-000002"]
+        assert contents(job.disks[0]) == contents(job.disks[1])
+        assert [line["epoch"] for line in metrics(job.disks[0])] == [0, 1, 2]
+        assert len(json.loads((job.disks[0] / "env.json").read_text())) == 2
