@@ -11,6 +11,7 @@ Letters: B samples of a batch, R rows of it (its samples, then their peers), H, 
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ log = logging.getLogger("pskd")
 
 _GREY = np.frombuffer(str(Path(__file__).with_name("grey.png")).encode(), np.uint8)
 _GREY_WINDOW = np.array([0, 0, 8, 8], np.int32)
+_DRAWN_AT_A_TIME = 1024  # samples
 _INTERPOLATIONS = {
     "linear": types.INTERP_LINEAR,
     "cubic": types.INTERP_CUBIC,
@@ -94,6 +96,28 @@ class _Rows(NamedTuple):
         start_R2 = np.ascontiguousarray(self.windows_R4[:, :2])
         shape_R2 = np.ascontiguousarray(self.windows_R4[:, 2:])
         return (*common, start_R2, shape_R2)
+
+
+def _joined(parts: list[_Rows]) -> _Rows:
+    """One below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays: Any = zip(*(part[1:] for part in parts), strict=True)
+    paths = [path for part in parts for path in part.paths]
+    return _Rows(paths, *(np.concatenate(views) for views in arrays))
+
+
+def _groups(micros: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:
+    """Some micro-batches of one epoch at a time: drawing for few samples costs as much a call."""
+    for _, epoch in groupby(micros, key=lambda micro: micro.epoch):
+        group: list[MicroBatch] = []
+        for micro in epoch:
+            group.append(micro)
+            if sum(len(each.ids_B) for each in group) >= _DRAWN_AT_A_TIME:
+                yield group
+                group = []
+        if group:
+            yield group
 
 
 class DaliData:
@@ -201,21 +225,22 @@ class DaliData:
         )
 
     def _rows_of(self, micros: Iterator[MicroBatch], bad: tuple[int, ...]) -> Iterator[_Rows]:
-        for micro in micros:
-            rows = self._train_rows(micro)
-            for row in bad:
-                rows.paths[row] = _GREY
-                rows.windows_R4[row] = _GREY_WINDOW
-            bad = ()
-            yield rows
-
-    def _train_rows(self, micro: MicroBatch) -> _Rows:
-        parts = [self._view(micro.epoch, micro.ids_B, "")]
-        if self._peer is not None:
-            parts.append(self._view(micro.epoch, self._peer(micro.epoch, micro.ids_B), PEER))
-        paths = [path for part in parts for path in part.paths]
-        arrays: Any = zip(*(part[1:] for part in parts), strict=True)
-        return _Rows(paths, *(np.concatenate(views) for views in arrays))
+        """What each micro-batch needs; `bad` rows of the first are grey."""
+        for group in _groups(micros):
+            epoch, ids = group[0].epoch, np.concatenate([micro.ids_B for micro in group])
+            views = [self._view(epoch, ids, "")]
+            if self._peer is not None:
+                views.append(self._view(epoch, self._peer(epoch, ids), PEER))
+            first = 0
+            for micro in group:
+                part = slice(first, first + len(micro.ids_B))
+                first = part.stop
+                rows = _joined([view.part(part) for view in views])
+                for row in bad:
+                    rows.paths[row] = _GREY
+                    rows.windows_R4[row] = _GREY_WINDOW
+                bad = ()
+                yield rows
 
     def _view(self, epoch: int, ids_B: Ids, view: str) -> _Rows:
         options, count = self._options, len(ids_B)
@@ -298,7 +323,7 @@ class DaliData:
             PskdError: they are not to be replaced.
             RuntimeError: it is something else.
         """
-        bad = self._undecodable(self._train_rows(micro), whole=False)
+        bad = self._undecodable(next(self._rows_of(iter([micro]), ())), whole=False)
         if not bad:
             raise error
         ids = micro.ids_B.tolist()

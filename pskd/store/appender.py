@@ -8,7 +8,7 @@ Letters: B samples of a step, C classes, R bytes of an encoded row.
 """
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pskd.order import Ids
 from pskd.store.encoding import Encoding
 from pskd.store.segment import Chunk, SegmentWriter
 from pskd.store.waits import Waits
+from pskd.store.worker import Task, Worker
 
 _SLOTS = 4
 _TOLERANCE = 1e-2  # of a row's sum; a softmax in bfloat16 is within 4e-3
@@ -31,7 +32,7 @@ class _Slot:
         self.chunk = Chunk(row_bytes, rows, pinned=gpu)
         self.sums_B = torch.empty(rows, pin_memory=gpu)
         self.copied = torch.Event("cuda") if gpu else None
-        self.written: Future[None] | None = None
+        self.written: Task | None = None
 
 
 class Appender:
@@ -43,7 +44,7 @@ class Appender:
         self._row_bytes = encoding.row_bytes(classes)
         self._slots: list[_Slot | None] = [None] * _SLOTS
         self._next = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-write")
+        self._worker = Worker("store-write")
         self._failure: BaseException | None = None
 
     def append(self, segment: SegmentWriter, epoch: int, ids_B: Ids, probs_BC: Tensor) -> None:
@@ -63,7 +64,7 @@ class Appender:
             self._encoding.encode(probs_BC, encoded_BR)
             rows_BR.copy_(encoded_BR, non_blocking=True)
             slot.copied.record()
-        slot.written = self._thread.submit(self._write, slot, segment, epoch, ids_B)
+        slot.written = self._worker.submit(partial(self._write, slot, segment, epoch, ids_B))
 
     def flush(self) -> None:
         """Wait until everything has been handed to the operating system.
@@ -71,18 +72,20 @@ class Appender:
         Raises:
             PskdError: as `append`.
         """
-        wait(slot.written for slot in self._slots if slot is not None and slot.written is not None)
+        for slot in self._slots:
+            if slot is not None and slot.written is not None:
+                slot.written.wait()
         self._raise_failure()
 
     def close(self) -> None:
         """End the thread after what is under way."""
-        self._thread.shutdown(wait=True)
+        self._worker.close()
 
     def _free_slot(self, rows: int, device: torch.device) -> _Slot:
         slot = self._slots[self._next]
-        if slot is not None and slot.written is not None and not slot.written.done():
+        if slot is not None and slot.written is not None and not slot.written.done:
             started = time.monotonic()
-            wait([slot.written])
+            slot.written.wait()
             self.waits.add(time.monotonic() - started)
         self._raise_failure()
         if slot is None or slot.chunk.capacity < rows:

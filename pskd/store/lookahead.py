@@ -7,8 +7,6 @@ Letters: B samples of a step, C classes, R bytes of an encoded row.
 """
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +15,9 @@ from torch import Tensor
 from pskd.order import Ids
 from pskd.store.generation import Generation
 from pskd.store.waits import Waits
+from pskd.store.worker import Task, Worker
 
 _BUFFERS = 2  # one in use by the step, one that is being filled
-
-
-class _Read(NamedTuple):
-    """rows: decoded float32 (B, C) on the CPU, encoded uint8 (B, R) for a GPU."""
-
-    rows: Tensor
-    present_B: Tensor
-    complete: bool
-    buffer: "_Buffer"
 
 
 class _Buffer:
@@ -52,6 +42,27 @@ class _Buffer:
         return self._bytes[:size].view(rows, row_bytes), present_B
 
 
+class _Read:
+    """Rows of one step on their way.
+
+    rows: decoded float32 (B, C) on the CPU, encoded uint8 (B, R) for a GPU.
+    """
+
+    def __init__(self, generation: Generation, ids_B: Ids, buffer: _Buffer) -> None:
+        self.generation, self.ids_B, self.buffer = generation, ids_B, buffer
+        self.rows, self.present_B = torch.empty(0), torch.empty(0)
+        self.complete = False
+
+    def __call__(self) -> None:
+        """On the worker's thread."""
+        generation = self.generation
+        rows, self.present_B = self.buffer.room(len(self.ids_B), generation.row_bytes)
+        self.complete = generation.gather(self.ids_B, rows.numpy(), self.present_B.numpy())
+        if self.buffer.copied is None:
+            rows = generation.decode(rows, self.present_B, self.complete)
+        self.rows = rows
+
+
 class Lookahead:
     """Rows of a generation, one step ahead."""
 
@@ -60,46 +71,37 @@ class Lookahead:
         self._device = device
         self._buffers = [_Buffer(device) for _ in range(_BUFFERS)]
         self._next = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-read")
-        self._ahead: tuple[Generation, Ids, Future[_Read]] | None = None
+        self._worker = Worker("store-read")
+        self._ahead: tuple[_Read, Task] | None = None
 
     def start(self, generation: Generation, ids_B: Ids) -> None:
         """Begin to read the rows that the next call of `take` will ask for."""
-        buffer = self._buffers[self._next]
+        read = _Read(generation, ids_B, self._buffers[self._next])
         self._next = (self._next + 1) % _BUFFERS
-        self._ahead = (
-            generation,
-            ids_B,
-            self._thread.submit(self._read, generation, ids_B, buffer),
-        )
+        self._ahead = (read, self._worker.submit(read))
 
     def take(self, generation: Generation, ids_B: Ids) -> tuple[Tensor, Tensor]:
         """Rows float32 (B, C), zeros if absent, and present_B bool, both on the device."""
-        ahead = self._ahead
-        if ahead is None or ahead[0] is not generation or not np.array_equal(ahead[1], ids_B):
+        if self._ahead is None or not self._is_of(self._ahead[0], generation, ids_B):
             self.start(generation, ids_B)
-            ahead = self._ahead
-        assert ahead is not None
-        self._ahead = None
-        if not ahead[2].done():
+        assert self._ahead is not None
+        (read, task), self._ahead = self._ahead, None
+        if not task.done:
             started = time.monotonic()
-            ahead[2].result()
+            task.wait()
             self.waits.add(time.monotonic() - started)
-        rows, present_B, complete, buffer = ahead[2].result()
-        if buffer.copied is None:
-            return rows, present_B
-        rows = rows.to(self._device, non_blocking=True)
-        present_B = present_B.to(self._device, non_blocking=True)
-        buffer.copied.record()
-        return generation.decode(rows, present_B, complete), present_B
+        task.wait()  # raises what reading has raised
+        copied = read.buffer.copied
+        if copied is None:
+            return read.rows, read.present_B
+        rows = read.rows.to(self._device, non_blocking=True)
+        present_B = read.present_B.to(self._device, non_blocking=True)
+        copied.record()
+        return generation.decode(rows, present_B, read.complete), present_B
 
     def close(self) -> None:
         """End the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._worker.close()
 
-    def _read(self, generation: Generation, ids_B: Ids, buffer: _Buffer) -> _Read:
-        rows, present_B = buffer.room(len(ids_B), generation.row_bytes)
-        complete = generation.gather(ids_B, rows.numpy(), present_B.numpy())
-        if buffer.copied is None:
-            rows = generation.decode(rows, present_B, complete)
-        return _Read(rows, present_B, complete, buffer)
+    def _is_of(self, read: _Read, generation: Generation, ids_B: Ids) -> bool:
+        return read.generation is generation and np.array_equal(read.ids_B, ids_B)
