@@ -86,11 +86,10 @@ class Lookahead:
             self.start(generation, ids_B)
         assert self._ahead is not None
         (read, task), self._ahead = self._ahead, None
-        if not task.done:
-            started = time.monotonic()
-            task.wait()
+        started = None if task.done else time.monotonic()
+        task.wait()
+        if started is not None:
             self.waits.add(time.monotonic() - started)
-        task.wait()  # raises what reading has raised
         copied = read.buffer.copied
         if copied is None:
             return read.rows, read.present_B

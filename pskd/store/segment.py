@@ -34,10 +34,14 @@ class Chunk:
         self._stride = fmt.stride_of(row_bytes)
         size = fmt.chunk_units(capacity, self._stride) * self._stride
         self._bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
+        self._view: Tensor | None = None
 
     def rows_BR(self, rows: int) -> Tensor:
         """Where the encoded rows of the next chunk go: uint8 (B, R)."""
-        return self._units(rows)[fmt.prefix_units(rows, self._stride) :, : self._row_bytes]
+        if self._view is None or len(self._view) != rows:  # batches are mostly of one size
+            prefix = fmt.prefix_units(rows, self._stride)
+            self._view = self._units(rows)[prefix:, : self._row_bytes]
+        return self._view
 
     def seal(self, ids_B: Ids) -> tuple[memoryview, int]:
         """The bytes of a chunk whose rows are in place, and its crc."""
