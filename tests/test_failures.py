@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+from tests.forked import ForkedJob
 from tests.launches import ROOT, Job, kill, metrics, processes_of, result, status, train
 
 # One thread: on a busy machine, threads of one process wait for each other most of the time.
@@ -50,30 +52,30 @@ def test_two_ranks_refuse_a_bad_command_line_once(tmp_path):
 
 
 def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
-    job = train(tmp_path / "run", *BRIEF, "--train.batch_size=1438", processes=None)
+    job = forked.train(tmp_path / "run", *BRIEF, "--train.batch_size=1438", processes=None)
     assert_refused(job, "train.batch_size 1438", "1437 samples")
 
 
 def test_a_world_that_leaves_a_micro_batch_under_two_is_refused(tmp_path):
     # 1437 = 44 * 32 + 29: the last step has 15 pairs, so 7 micro-batches of 2 ranks fit.
-    job = train(tmp_path / "run", *BRIEF, "--train.batch_size=32", "--train.accumulation=8")
+    job = forked.train(tmp_path / "run", *BRIEF, "--train.batch_size=32", "--train.accumulation=8")
     assert_refused(job, "fewer than 2 samples", "at most 1 rank with train.accumulation 8")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_non_finite_loss_names_epoch_step_and_samples(tmp_path):
-    job = train(tmp_path / "run", *BRIEF, "--optimizer.lr=1e20")
+    job = forked.train(tmp_path / "run", *BRIEF, "--optimizer.lr=1e20")
     assert_refused(job, "loss is not finite in epoch 0, step", "samples [", run_failed=True)
     assert not metrics(tmp_path / "run")
 
 
 def test_a_changed_configuration_is_refused_by_name(tmp_path):
     run_dir = tmp_path / "run"
-    assert train(run_dir, *BRIEF, processes=None).process.returncode == 0
-    again = train(run_dir, *BRIEF, "--method.alpha_T=0.5", "--train.seed=3", processes=None)
+    assert forked.train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    again = forked.train(run_dir, *BRIEF, "--method.alpha_T=0.5", "--train.seed=3", processes=None)
     assert_refused(again, "method.alpha_T was 0.8, now 0.5", "train.seed was 0, now 3")
     assert status(run_dir)["state"] == "complete"  # the run itself is as it was
-    assert train(run_dir, *BRIEF, "--checkpoint.keep=3", processes=None).process.returncode == 0
+    assert forked.train(run_dir, *BRIEF, "--checkpoint.keep=3", processes=None).process.returncode == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
@@ -84,9 +86,9 @@ def test_a_read_only_directory_is_refused(tmp_path, read_only_directory):
 
 def test_a_directory_in_use_is_refused_and_its_owner_goes_on(tmp_path):
     run_dir = tmp_path / "run"
-    owner = Job(run_dir, *LONG, processes=None)
+    owner = ForkedJob(run_dir, *LONG, processes=None)
     owner.wait_until(lambda: len(metrics(run_dir)) >= 1)
-    second = train(run_dir, *LONG, "--run.lock_wait_s=1", processes=None)
+    second = forked.train(run_dir, *LONG, "--run.lock_wait_s=1", processes=None)
     assert_refused(second, "is in use by process", str(owner.process.pid), "heartbeat")
     assert owner.wait() == 0
     assert status(run_dir)["state"] == "complete"
@@ -120,18 +122,18 @@ def test_a_stalled_peer_fails_the_run_after_the_timeout(tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path):
     run_dir = tmp_path / "run"
-    assert train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    assert forked.train(run_dir, *BRIEF, processes=None).process.returncode == 0
     hash_before = result(run_dir)["weights_sha256"]
     state = run_dir / "checkpoints" / (run_dir / "checkpoints/latest").read_text() / "state.pt"
     damaged = bytearray(state.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     state.write_bytes(damaged)
-    again = train(run_dir, *BRIEF, processes=None)
+    again = forked.train(run_dir, *BRIEF, processes=None)
     assert_refused(again, str(state), "sha256 differs", "checkpoints/latest")
     remedy = re.search(r"write (\S+) into (\S+latest)", again.output())
     assert remedy is not None
     Path(remedy[2]).write_text(remedy[1])
-    assert train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    assert forked.train(run_dir, *BRIEF, processes=None).process.returncode == 0
     assert result(run_dir)["weights_sha256"] == hash_before
 
 
@@ -149,6 +151,6 @@ def test_a_changed_deepspeed_file_is_refused_by_setting(tmp_path):
     run_dir, file = tmp_path / "run", tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"stage": 0}}')
     flags = (*BRIEF, f"--deepspeed_config={file}")
-    assert train(run_dir, *flags, processes=None).process.returncode == 0
+    assert forked.train(run_dir, *flags, processes=None).process.returncode == 0
     file.write_text('{"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}')
-    assert_refused(train(run_dir, *flags, processes=None), "torch_autocast was None", str(run_dir))
+    assert_refused(forked.train(run_dir, *flags, processes=None), "torch_autocast was None", str(run_dir))

@@ -10,6 +10,8 @@ import torch
 from pskd import models
 from pskd.store import open_generation
 from pskd.weights import weights_sha256
+from tests import forked
+from tests.forked import ForkedJob
 from tests.launches import Job, kill, metrics, result, status, train, wait_for_no_process
 
 EPOCHS = 6
@@ -168,11 +170,13 @@ def test_every_engine_is_killed_and_ends_with_the_same_bits(tmp_path, engine):
     seed = random.randrange(2**32)
     flags = (*FLAGS, "--data.limit=256", "--train.batch_size=32", "--checkpoint.every_steps=3")
     flags += (f"--engine.deepspeed_config={engine}",)
-    reference = train(tmp_path / "reference", *flags)
+    reference = forked.train(tmp_path / "reference", *flags)
     assert reference.process.returncode == 0, reference.output()
     run_dir = tmp_path / "run"
-    kill_at_random(Job(run_dir, *flags), "all", random.Random(seed), pause_s=0.05)
-    again = train(run_dir)
+    job = ForkedJob(run_dir, *flags)
+    job.wait_for_epochs(1)  # so that there is a checkpoint to resume
+    kill_at_random(job, "all", random.Random(seed), pause_s=0.05)
+    again = forked.train(run_dir)
     assert again.process.returncode == 0, f"seed {seed}\n{again.output()}"
     assert "resuming" in again.output()
     assert_same_run(run_dir, tmp_path / "reference")
@@ -181,7 +185,7 @@ def test_every_engine_is_killed_and_ends_with_the_same_bits(tmp_path, engine):
 def test_zero_shards_are_resumed_by_as_many_ranks_only(tmp_path):
     run_dir = tmp_path / "run"
     flags = ("--recipe=digits-pskd", "--train.epochs=1", "--schedule.milestones=[]")
-    assert train(run_dir, *flags, "--deepspeed_config", "fp32-zero1").process.returncode == 0
-    job = train(run_dir, processes=None)
+    assert forked.train(run_dir, *flags, "--deepspeed_config", "fp32-zero1").process.returncode == 0
+    job = forked.train(run_dir, processes=None)
     assert job.process.returncode == 1
     assert "shards of 2 ranks, this job has 1. Start 2 ranks" in job.output()

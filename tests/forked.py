@@ -1,0 +1,136 @@
+"""Jobs without a launcher whose ranks are forked from a process that has imported everything.
+
+The same program and the same collectives as in a real launch, at a tenth of its cost; what a launcher
+does is tested by real launches (`launches.py`).
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+
+from tests.launches import DEADLINE_S, Job
+
+
+def _nurse(pipe: Connection) -> None:
+    """Answers (argv, environment, log) with the pid of a rank; a pid with its exit code, or None."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import pskd.job  # noqa: F401
+    from pskd.data import digits
+    from pskd.entry import main
+
+    digits.load(None, False)
+    while True:
+        asked = pipe.recv()
+        if isinstance(asked, int):
+            pid, status = os.waitpid(asked, os.WNOHANG)
+            pipe.send(os.waitstatus_to_exitcode(status) if pid else None)
+            continue
+        argv, environment, log = asked
+        pid = os.fork()
+        if pid == 0:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            os.environ.update(environment)
+            os._exit(main(argv))
+        pipe.send(pid)
+
+
+@functools.cache
+def _nursery() -> Connection:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=_nurse, args=(there,), daemon=True).start()
+    return here
+
+
+def _ask(question: object) -> int | None:
+    nursery = _nursery()
+    nursery.send(question)
+    assert nursery.poll(DEADLINE_S), "the nursery hangs"
+    answer: int | None = nursery.recv()
+    return answer
+
+
+class _Ranks:
+    """The ranks of a job, with the part of a Popen's interface that tests use."""
+
+    def __init__(self, argv: list[str], environments: list[dict[str, str]], log: Path) -> None:
+        self.pids = [_ask((argv, environment, str(log))) for environment in environments]
+        self.pid = self.pids[0]
+        self._codes: dict[int, int] = {}
+
+    @property
+    def returncode(self) -> int | None:
+        """0 if all ranks ended well; of a single rank its own code; else 1."""
+        codes = list(self._codes.values())
+        if len(codes) < len(self.pids):
+            return None
+        return codes[0] if len(codes) == 1 else int(any(codes))
+
+    def poll(self) -> int | None:
+        """As `returncode`, after a look."""
+        for pid in self.pids:
+            if pid not in self._codes and (code := _ask(pid)) is not None:
+                self._codes[pid] = code
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Until all have ended."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("ranks", timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """To every rank that lives."""
+        for pid in self.pids:
+            if pid not in self._codes:
+                os.kill(pid, number)
+
+
+class ForkedJob(Job):
+    """As `Job`; processes None: a single process that no launcher has set variables for."""
+
+    def __init__(self, run_dir: Path, *flags: str, processes: int | None = 2) -> None:
+        self.run_dir = run_dir
+        self.log = run_dir.parent / f"{run_dir.name}-{time.monotonic_ns()}.log"
+        self.log.touch()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environments = [
+            {
+                **job,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+            }
+            for rank in range(processes or 0)
+        ]
+        argv = ["--run.dir", str(run_dir), *map(str, flags)]
+        self.process = _Ranks(argv, environments or [{}], self.log)
+
+    def workers(self) -> list[psutil.Process]:
+        """The living ranks, in order."""
+        self.process.poll()
+        return [psutil.Process(pid) for pid in self.process.pids if psutil.pid_exists(pid)]
+
+
+def train(run_dir: Path, *flags: str, processes: int | None = 2) -> ForkedJob:
+    """Start and wait."""
+    job = ForkedJob(run_dir, *flags, processes=processes)
+    job.wait()
+    return job
