@@ -9,7 +9,7 @@ from pskd.errors import EXIT_FAILED
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     if code == EXIT_FAILED:
-        # Process groups whose peers are gone, and threads that still work, may abort an orderly end.
+        # Groups whose peers are gone, and threads that still work, may abort an orderly end.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -65,8 +65,8 @@ def soft_cross_entropy_per_sample(logits_BC: Tensor, targets_BC: Tensor) -> Tens
 class RefinedCrossEntropy(torch.autograd.Function):
     """The loss above and the softmax, in as few passes over (B, C) as they need.
 
-    With t = sum_j h_j onehot(y_j) + w p and S = sum_k t_k:
-    loss = S logsumexp(z) - sum_j h_j z_(y_j) - w p.z and d loss / d z = S softmax(z) - t.
+    With t = sum_j h_j onehot(y_j) + w p, which must sum to 1:
+    loss = logsumexp(z) - sum_j h_j z_(y_j) - w p.z and d loss / d z = softmax(z) - t.
     No target row and no one-hot row is ever made; `soft_targets` and `soft_cross_entropy` state
     the same.
     """
@@ -83,12 +83,11 @@ class RefinedCrossEntropy(torch.autograd.Function):
         """(loss_B in nats, softmax_BC without gradient). hard_BK: h; weight_B: w, 0 if absent."""
         probs_BC = logits_BC.softmax(dim=1)
         logsumexp_B = logits_BC.amax(dim=1) - probs_BC.amax(dim=1).log()
-        total_B = hard_BK.sum(dim=1) + weight_B * past_BC.sum(dim=1)
         hard_B = (logits_BC.gather(1, labels_BK) * hard_BK).sum(dim=1)
         soft_B = torch.linalg.vecdot(past_BC, logits_BC) * weight_B
-        ctx.save_for_backward(probs_BC, labels_BK, hard_BK, past_BC, weight_B, total_B)
+        ctx.save_for_backward(probs_BC, labels_BK, hard_BK, past_BC, weight_B)
         ctx.mark_non_differentiable(probs_BC)
-        return total_B * logsumexp_B - hard_B - soft_B, probs_BC
+        return logsumexp_B - hard_B - soft_B, probs_BC
 
     @staticmethod
     def backward(
@@ -96,8 +95,8 @@ class RefinedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, None, None, None, None]:
         """With respect to the logits."""
         del grad_of_probs
-        probs_BC, labels_BK, hard_BK, past_BC, weight_B, total_B = ctx.saved_tensors
-        grad_BC = probs_BC * (grad_B * total_B)[:, None]
+        probs_BC, labels_BK, hard_BK, past_BC, weight_B = ctx.saved_tensors
+        grad_BC = probs_BC * grad_B[:, None]
         grad_BC.addcmul_(past_BC, (-grad_B * weight_B)[:, None])
         grad_BC.scatter_add_(1, labels_BK, -grad_B[:, None] * hard_BK)
         return grad_BC, None, None, None, None
