@@ -1,6 +1,7 @@
 """From the configuration to samples: which there are, who trains them when, what decodes them."""
 
 import os
+import time
 from pathlib import Path
 
 from pskd.config import Config, DataSection
@@ -15,11 +16,18 @@ from pskd.errors import AgreedError, PskdError
 from pskd.order import Plan
 from pskd.world import World
 
+_HEAD_START_S = 0.2
+
 AnyCatalog = Catalog | FolderCatalog
 
 
 def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
     """The samples, equal on all ranks, and how they are dealt out."""
+    with here.together():
+        if config.data.decoder == "mixed" and here.device.type != "cuda":
+            raise PskdError("data.decoder mixed decodes on a GPU, and there is none: use cpu.")
+    if config.data.name == FOLDER and here.local_rank > 0:
+        time.sleep(_HEAD_START_S)  # the first rank of a node builds an index, and says so
     # Fetching is for one process at a time: rank 0, then one of each other node, then the rest.
     turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
     for now in range(3) if config.data.download else [turn]:
@@ -55,8 +63,6 @@ def loader(config: Config, here: World, catalog: AnyCatalog, *, peers: bool) -> 
     from pskd.data.dali import DaliData, ImageOptions  # noqa: PLC0415  (DALI is optional otherwise)
 
     gpu = here.device.type == "cuda"
-    if section.decoder == "mixed" and not gpu:
-        raise PskdError("data.decoder mixed decodes on a GPU, and this rank has none: use cpu.")
     cores = len(os.sched_getaffinity(0))
     options = ImageOptions(
         augment=section.augment,

@@ -1,7 +1,7 @@
 """Jobs without a launcher whose ranks are forked from a process that has imported everything.
 
-The same program and the same collectives as in a real launch, at a tenth of its cost; what a launcher
-does is tested by real launches (`launches.py`).
+The same program and the same collectives as in a real launch, at a tenth of its cost; what a
+launcher does is tested by real launches (`launches.py`).
 """
 
 import functools
@@ -20,7 +20,7 @@ from tests.launches import DEADLINE_S, Job
 
 
 def _nurse(pipe: Connection) -> None:
-    """Answers (argv, environment, log) with the pid of a rank; a pid with its exit code, or None."""
+    """Answers (argv, environment, log) with a rank's pid; a pid with its exit code, or None."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import pskd.job  # noqa: F401
     from pskd.data import digits

@@ -75,7 +75,9 @@ def test_a_changed_configuration_is_refused_by_name(tmp_path):
     again = forked.train(run_dir, *BRIEF, "--method.alpha_T=0.5", "--train.seed=3", processes=None)
     assert_refused(again, "method.alpha_T was 0.8, now 0.5", "train.seed was 0, now 3")
     assert status(run_dir)["state"] == "complete"  # the run itself is as it was
-    assert forked.train(run_dir, *BRIEF, "--checkpoint.keep=3", processes=None).process.returncode == 0
+    assert (
+        forked.train(run_dir, *BRIEF, "--checkpoint.keep=3", processes=None).process.returncode == 0
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
@@ -153,4 +155,6 @@ def test_a_changed_deepspeed_file_is_refused_by_setting(tmp_path):
     flags = (*BRIEF, f"--deepspeed_config={file}")
     assert forked.train(run_dir, *flags, processes=None).process.returncode == 0
     file.write_text('{"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}')
-    assert_refused(forked.train(run_dir, *flags, processes=None), "torch_autocast was None", str(run_dir))
+    assert_refused(
+        forked.train(run_dir, *flags, processes=None), "torch_autocast was None", str(run_dir)
+    )

@@ -2,7 +2,8 @@
 
 Every step of it is affine in an image's pixels x and its mean colour m (contrast moves towards the
 mean grey, which is linear in m; nothing is clipped). So the whole is x -> M x + C m + t, with
-numbers of the sample alone: exact, and one pass over the pixels.
+numbers of the sample alone: exact, and one pass over the pixels. The published code applies
+brightness, contrast and saturation in random order; without clipping they commute: we need none.
 
 Letters: B samples, P pixels.
 """
@@ -34,23 +35,14 @@ def maps(seed: int, epoch: int, ids_B: Ids, view: str = "") -> Maps:
     """M, C and t of each sample, side by side: float32 (B, 3, 7). Streams "jitter", "lighting".
 
     Brightness, contrast and saturation, each by linear interpolation with a weight from
-    [-0.4, 0.4], in random order; then lighting; then ImageNet's normalisation.
+    [-0.4, 0.4]; then lighting; then ImageNet's normalisation.
     """
-    count = len(ids_B)
-    u_B6 = draws.uniforms(seed, epoch, ids_B, f"{view}jitter", 6)
-    weight_B3 = _STRENGTH * (2 * u_B6[:, :3] - 1)
-    order_B3 = np.argsort(u_B6[:, 3:], axis=1, kind="stable")
-    m_B33, c_B33 = np.tile(np.eye(3), (count, 1, 1)), np.zeros((count, 3, 3))
+    u_3B11 = draws.uniforms(seed, epoch, ids_B, f"{view}jitter", 3).T[:, :, None, None]
+    brightness, contrast, saturation = _STRENGTH * (2 * u_3B11 - 1)
     grey_33 = np.tile(_GREY, (3, 1))  # every channel becomes the grey value
-    for place in range(3):
-        step_B = order_B3[:, place][:, None, None]
-        a_B11 = np.take_along_axis(weight_B3, order_B3[:, place : place + 1], axis=1)[:, :, None]
-        mixed_B33 = (1 - a_B11) * np.eye(3) + a_B11 * grey_33
-        contrast_B33 = (1 - a_B11) * c_B33 + a_B11 * (grey_33 @ (m_B33 + c_B33))
-        c_B33 = np.select(
-            [step_B == 0, step_B == 1], [(1 - a_B11) * c_B33, contrast_B33], mixed_B33 @ c_B33
-        )
-        m_B33 = np.where(step_B == 2, mixed_B33 @ m_B33, (1 - a_B11) * m_B33)
+    saturated_B33 = (1 - saturation) * np.eye(3) + saturation * grey_33
+    m_B33 = (1 - brightness) * (1 - contrast) * saturated_B33
+    c_B33 = (1 - brightness) * contrast * grey_33
     light_B3 = _LIGHTING * draws.normals(seed, epoch, ids_B, f"{view}lighting", 3)
     t_B3 = (light_B3 * _EIGENVALUES) @ _EIGENVECTORS.T - np.array(MEAN)
     whole_B37 = np.concatenate([m_B33, c_B33, t_B3[:, :, None]], axis=2)

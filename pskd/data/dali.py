@@ -294,7 +294,7 @@ class DaliData:
         )
 
     def _graph(self, rows: Iterator[_Rows], batch_size: int, whole: bool) -> Any:
-        return build_pipeline(
+        pipeline = make_pipeline(
             lambda: next(rows).feed(whole),
             self._options,
             batch_size,
@@ -302,6 +302,8 @@ class DaliData:
             largest=self._largest,
             whole=whole,
         )
+        pipeline.build()
+        return pipeline
 
     def _outputs(self, pipeline: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and colour maps of the next batch, on the training device."""
@@ -357,7 +359,7 @@ class DaliData:
                 bad.append(row)
 
 
-def build_pipeline(
+def make_pipeline(
     source: Callable[[], tuple[Any, ...]],
     options: ImageOptions,
     batch_size: int,
@@ -368,8 +370,8 @@ def build_pipeline(
 ) -> Any:
     """The graph: read, decode a window (`whole`: all of it), resize, mirror, normalise.
 
-    largest: width and height of the largest image, for the decoder's buffers. Outputs: images
-    float32 in the layout asked for, labels int64, colour maps float32.
+    Not built yet. largest: width and height of the largest image, for the decoder's buffers.
+    Outputs: images float32 in the layout asked for, labels int64, colour maps float32.
     """
     decoder: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
     if options.mixed:
@@ -419,5 +421,4 @@ def build_pipeline(
             output_layout="HWC" if options.channels_last else "CHW",
         )
         pipeline.set_outputs(image, label, maps)
-    pipeline.build()
     return pipeline

@@ -5,6 +5,7 @@ Letters: N samples of a split.
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from pskd.data.catalog import smallest_hashes
 from pskd.data.index import Index, check_same_classes, load_or_build
+from pskd.data.index_command import bar
 from pskd.errors import PskdError
 from pskd.order import Ids
 
@@ -90,9 +92,9 @@ def load(
         PskdError: no such folder, bad files in it, classes that differ, or too few samples.
     """
     train_root = root / "train" if (root / "train").is_dir() else root
-    if not train_root.is_dir():
+    if not train_root.is_dir() or (train_root == root and (root / "val").is_dir()):
         raise PskdError(
-            f"data.root {root} is no folder: name one that holds train/<class>/* and val/<class>/*."
+            f"data.root {root} holds no train/: name a folder of train/<class>/* and val/<class>/*."
         )
     train = _split(train_root, index_path)
     if held_out:
@@ -119,8 +121,9 @@ def load(
 
 
 def _split(root: Path, index_path: str | None) -> EncodedSplit:
-    with _one_at_a_time(root):
-        index = load_or_build(root, None if index_path is None else Path(index_path))
+    with _one_at_a_time(root), bar(f"index {root.name}") as progress:
+        place = None if index_path is None else Path(index_path)
+        index = load_or_build(root, place, progress=progress)
     return EncodedSplit(index, np.arange(len(index)))
 
 
@@ -131,6 +134,6 @@ def _one_at_a_time(root: Path) -> Iterator[None]:
     By a kernel lock and not by a collective: building may take longer than a peer may be silent.
     """
     key = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
-    with Path(gettempdir(), f"pskd-index-{key}.lock").open("w") as lock:
+    with Path(gettempdir(), f"pskd-index-{os.getuid()}-{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -64,10 +64,10 @@ def _index(root: Path, labels: Labels | None, arguments: argparse.Namespace) -> 
     """A new index, written. To verify and nothing else, the one there is; all files agree then."""
     place, workers = arguments.index_path, arguments.workers
     if arguments.verify and not arguments.drop_bad and labels is None:
-        with _bar(f"index {root.name}") as progress:
+        with bar(f"index {root.name}") as progress:
             index = indexes.load_or_build(root, place, workers=workers, progress=progress)
     else:
-        with _bar(f"index {root.name}") as progress:
+        with bar(f"index {root.name}") as progress:
             built = indexes.build(
                 root,
                 labels=labels,
@@ -83,7 +83,7 @@ def _index(root: Path, labels: Labels | None, arguments: argparse.Namespace) -> 
 
 
 def _verify(index: Index, workers: int | None) -> None:
-    with _bar(f"verify {index.root.name}") as progress:
+    with bar(f"verify {index.root.name}") as progress:
         different = indexes.verify(index, workers=workers, progress=progress)
     if different:
         again = indexes.command(index.root, index.labels_from)
@@ -113,7 +113,8 @@ def _report(index: Index, verified: bool) -> str:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Progress]:
+def bar(label: str) -> Iterator[Progress]:
+    """A progress bar on a terminal, nothing elsewhere."""
     with tqdm(desc=label, unit=" files", leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def advance(done: int, total: int) -> None:
