@@ -186,10 +186,10 @@ def _check_probability(section: str, value: float) -> None:
 
 def _check_interval(key: str, value: list[float], top: float) -> None:
     require(
-        len(value) == 2 and 0 < value[0] <= value[1] <= top,
+        len(value) == 2 and 0 < value[0] <= value[1] <= top and math.isfinite(value[1]),
         key,
         value,
-        "give [smallest, largest], above 0" + (" and at most 1." if top == 1 else "."),
+        "give [smallest, largest], above 0" + (" and at most 1." if top == 1 else ", finite."),
     )
 
 
@@ -404,8 +404,9 @@ class Config:
     @property
     def peak_lr(self) -> float:
         """Learning rate of the global batch (Goyal et al., 2017: in proportion to it)."""
-        batch = self.optimizer.lr_for_batch or self.train.batch_size
-        return self.optimizer.lr * self.train.batch_size / batch
+        if not self.optimizer.lr_for_batch:
+            return self.optimizer.lr
+        return self.optimizer.lr * self.train.batch_size / self.optimizer.lr_for_batch
 
     def to_yaml(self) -> str:
         """The resolved configuration; `--config` takes it back. The directory is not part of it."""

@@ -241,8 +241,8 @@ def _adopt(
     else:
         log.warning("%s has no past predictions: the first targets are one-hot", directory)
         state["store"] = store.empty_state(position.epoch)
-    if state["method"].keys() != method.state_dict().keys():
-        state["method"] = method.state_dict()  # it was another method
+    if any(change.startswith(("method.name", "method.teacher")) for change in origin.changes):
+        state["method"] = method.state_dict()
     checkpoints.adopt(directory, state)
 
 

@@ -23,10 +23,11 @@ _RECORDS = ("config.yaml", "ds_config.json", "env.json")  # what a start is comp
 
 
 class Origin(NamedTuple):
-    """A checkpoint of another run, from which this one begins."""
+    """A checkpoint of another run, from which this one begins. changes: of what shapes results."""
 
     run: RunDir
     checkpoint: Path
+    changes: list[str]
 
 
 def open_directory(
@@ -87,13 +88,12 @@ def register_start(
             origin = _origin(config, directory)
             record = None
             if origin is not None:
-                changes = origin.run.differences(config)
-                changes += origin.run.engine_differences(settings)
-                record = {"checkpoint": str(origin.checkpoint), "changes": changes}
+                origin.changes.extend(origin.run.engine_differences(settings))
+                record = {"checkpoint": str(origin.checkpoint), "changes": origin.changes}
                 log.warning(
                     "beginning from %s%s",
                     origin.checkpoint,
-                    f" with other settings: {'; '.join(changes)}" if changes else "",
+                    f" with other settings: {'; '.join(origin.changes)}" if origin.changes else "",
                 )
             start = directory.record_start(_facts(here, threads), record)
             if start.changes:
@@ -139,16 +139,17 @@ def _origin(config: Config, directory: RunDir) -> Origin | None:
         raise PskdError(
             f"run.resume {given} is neither a run directory nor RUN/checkpoints/NAME of one."
         )
-    origin = Origin(RunDir(path.absolute().parent.parent), path.absolute())
+    run = RunDir(path.absolute().parent.parent)
+    origin = Origin(run, path.absolute(), run.differences(config))
     if Position.of(path.name).step:
-        _refuse_other_order(origin, config)
+        _refuse_other_order(origin)
     return origin
 
 
-def _refuse_other_order(origin: Origin, config: Config) -> None:
+def _refuse_other_order(origin: Origin) -> None:
     """A position inside an epoch means nothing in another order of samples."""
     keys = ("train.batch_size", "train.seed", "data.last_batch")
-    changes = [c for c in origin.run.differences(config) if c.startswith(keys)]
+    changes = [change for change in origin.changes if change.startswith(keys)]
     if changes:
         raise PskdError(
             f"run.resume {origin.checkpoint} lies inside an epoch, the rest of which would be "

@@ -221,6 +221,7 @@ class Trainer:
         """Close the generation of predictions, measure, log, save."""
         if self.store is not None:
             self.store.begin_epoch(epoch + 1)
+        self.engine.sync_buffers()  # also of weights that are exported without being evaluated
         line = {
             "epoch": epoch,
             "train_loss": self.history.loss_sum / self.history.samples,
@@ -265,7 +266,6 @@ class Trainer:
         last = epoch + 1 == self.config.train.epochs
         if not last and (epoch + 1) % self.config.evaluation.every:
             return dict.fromkeys(MEASURES)
-        self.engine.sync_buffers()
         accumulator = Accumulator()
         batches = self.data.validation_batches(
             self.world.rank, self.world.size, self.config.evaluation.batch_size

@@ -440,11 +440,6 @@ def test_the_average_changes_what_is_measured_and_not_what_is_trained(averaged):
         assert one["nll"] != other["nll"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Trainer._export writes the average with its BatchNorm statistics of the last "
-    "evaluation: Engine.sync_buffers, which brings them, runs in _evaluate only",
-)
 def test_an_export_after_an_epoch_without_evaluation_has_that_epochs_statistics(forks, tmp_path):
     run_dir = tmp_path / "run"
     flags = ("--checkpoint.export_every=1", "--checkpoint.keep=100", "--evaluation.every=2")
@@ -538,9 +533,6 @@ def test_the_peak_rate_is_in_proportion_to_the_batch(lr, meant_for, batch, expec
     assert config.peak_lr == pytest.approx(expected, rel=1e-15)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Config.peak_lr is lr * batch / batch, which may round to another number"
-)
 def test_without_it_the_rate_is_exactly_the_one_given():
     config = command_line.load(["--recipe=digits-baseline"]).config
     for lr in (0.1, 0.05, 0.2, 0.03, 0.07):
@@ -609,11 +601,6 @@ def _saved(value):
     return content.getvalue()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="torch.load of a text raises IndexError (also struct.error, AssertionError, "
-    "AttributeError), which read_weights does not catch: a traceback instead of a message",
-)
 @pytest.mark.parametrize("text", ["Quick notes\n", "Results of run 3\n", "bn1.weight: 64\n"])
 def test_a_text_is_no_file_of_weights(tmp_path, text):
     path = tmp_path / "notes.txt"
@@ -711,11 +698,6 @@ def test_impossible_values_are_refused_by_their_key(flags, key):
     assert key in str(caught.value)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="config._check_interval lets inf through (top is inf), and Config.check looks for "
-    "numbers that are not finite in plain floats only: random-erasing then never erases",
-)
 def test_a_ratio_that_is_not_finite_is_refused():
     with pytest.raises(PskdError, match=r"erasing\.ratio"):
         command_line.load(["--recipe=digits-baseline", "--erasing.ratio=[0.3, .inf]"])
@@ -749,11 +731,6 @@ def test_a_run_with_a_teacher_begins_from_a_baseline(forks, tmp_path, baseline, 
     assert "method.name was baseline, now" in output
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="--resume into a new run compares the teacher with the other run's, and refuses; the "
-    "remedy it names, a new run, is what was asked for",
-)
 def test_a_new_run_may_have_another_teacher(forks, tmp_path, teacher):
     flags = (*DIGITS, *METHODS["tfkd_self"], "--train.epochs=2")
     complete(forks.start, tmp_path / "old", *flags, f"--method.teacher={teacher}")
