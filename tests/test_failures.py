@@ -139,6 +139,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path):
     assert result(run_dir)["weights_sha256"] == hash_before
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_batch_and_the_remedy(tmp_path):
     # 12 GB of address space hold the libraries and the data, not the activations.
     def limit():
