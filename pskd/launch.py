@@ -43,7 +43,7 @@ def from_environment() -> Launch:
             LOCAL_RANK="0",
             WORLD_SIZE="1",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
+            MASTER_PORT="0",  # any free one: nobody else has to find it
         )
     env = os.environ
     local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"
@@ -84,10 +84,3 @@ def choose_interface() -> None:
         if any(a.address == address for a in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             return
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

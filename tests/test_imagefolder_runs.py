@@ -421,10 +421,12 @@ def test_the_samples_of_a_folder_are_as_configured(alone, folder):
 def test_a_folder_must_be_named_and_be_there(alone, tmp_path):
     assert "needs --data.root DIR" in refusal(samples_of, alone)
     missing = f"--data.root={tmp_path / 'nowhere'}"
-    assert f"data.root {tmp_path / 'nowhere'} is no folder" in refusal(samples_of, alone, missing)
+    assert f"data.root {tmp_path / 'nowhere'} holds no train/" in refusal(
+        samples_of, alone, missing
+    )
     file = tmp_path / "file"
     file.touch()
-    assert "is no folder" in refusal(samples_of, alone, f"--data.root={file}")
+    assert "holds no train/" in refusal(samples_of, alone, f"--data.root={file}")
 
 
 def test_a_folder_without_validation_images_is_refused_unless_some_are_held_out(alone, tmp_path):
@@ -466,14 +468,8 @@ def test_too_few_samples_are_refused(alone, folder, flag, says):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_mixed_decoding_without_a_gpu_is_refused(alone, folder):
-    flags = (*FLAGS, f"--data.root={folder}", "--data.decoder=mixed")
-    config = command_line.load(list(flags)).config
-    catalog, _ = loading.samples(config, alone)
-
-    def load_images():
-        loading.loader(config, alone, catalog, peers=False)
-
-    assert "data.decoder mixed decodes on a GPU" in refusal(load_images)
+    flags = (f"--data.root={folder}", "--data.decoder=mixed")
+    assert "data.decoder mixed decodes on a GPU" in refusal(samples_of, alone, *flags)
 
 
 @pytest.mark.parametrize(
