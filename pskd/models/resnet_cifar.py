@@ -9,34 +9,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pskd.models.bottleneck import Bottleneck
+
 _STEM = 64
 _EXPANSION = 4
-
-
-class Block(nn.Module):
-    """1x1, 3x3 with the stride, 1x1, each with BN; ReLU between them and after the sum."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        outputs = _EXPANSION * width
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) -> (B, 4 * width, H / stride, W / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -52,7 +28,7 @@ class ResNet(nn.Module):
             width = _STEM * 2**stage
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                stages.append(Block(inputs, width, stride))
+                stages.append(Bottleneck(inputs, width, _EXPANSION * width, stride))
                 inputs = _EXPANSION * width
         self.blocks = nn.Sequential(*stages)
         self.linear = nn.Linear(inputs, num_classes)

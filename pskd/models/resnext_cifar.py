@@ -3,33 +3,10 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pskd.models.bottleneck import Bottleneck
+
 _STEM = 64
 _OUTPUTS = 256  # of the first stage
-
-
-class Block(nn.Module):
-    """1x1, grouped 3x3 with the stride, 1x1, each with BN; ReLU between and after the sum."""
-
-    def __init__(self, inputs: int, width: int, outputs: int, groups: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x))
 
 
 class ResNeXt(nn.Module):
@@ -49,7 +26,7 @@ class ResNeXt(nn.Module):
             outputs, width = _OUTPUTS * 2**stage, cardinality * group_width * 2**stage
             for index in range((depth - 2) // 9):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(Block(inputs, width, outputs, cardinality, stride))
+                blocks.append(Bottleneck(inputs, width, outputs, stride, cardinality))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.linear = nn.Linear(inputs, num_classes)
