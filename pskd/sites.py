@@ -143,11 +143,6 @@ class Sites:
         return failure
 
 
-def one_site(world: World) -> Sites:
-    """All ranks see the same directory."""
-    return Sites(world, [0] * world.size)
-
-
 def discover(world: World, sees_rank_0: bool, sees_own: bool) -> Sites:
     """Find the sites: who sees rank 0's directory, and who that of its node's first rank.
 

@@ -76,10 +76,15 @@ class _Ranks:
             return None
         return codes[0] if len(codes) == 1 else int(any(codes))
 
+    @property
+    def living(self) -> list[int]:
+        """Pids of the ranks that had not ended at the last look."""
+        return [pid for pid in self.pids if pid not in self._codes]
+
     def poll(self) -> int | None:
         """As `returncode`, after a look."""
-        for pid in self.pids:
-            if pid not in self._codes and (code := _ask(pid)) is not None:
+        for pid in self.living:
+            if (code := _ask(pid)) is not None:
                 self._codes[pid] = code
         return self.returncode
 
@@ -94,9 +99,8 @@ class _Ranks:
 
     def send_signal(self, number: signal.Signals) -> None:
         """To every rank that lives."""
-        for pid in self.pids:
-            if pid not in self._codes:
-                os.kill(pid, number)
+        for pid in self.living:
+            os.kill(pid, number)
 
 
 class ForkedJob(Job):
@@ -126,7 +130,7 @@ class ForkedJob(Job):
     def workers(self) -> list[psutil.Process]:
         """The living ranks, in order."""
         self.process.poll()
-        return [psutil.Process(pid) for pid in self.process.pids if psutil.pid_exists(pid)]
+        return [psutil.Process(pid) for pid in self.process.living]
 
 
 def train(run_dir: Path, *flags: str, processes: int | None = 2) -> ForkedJob:

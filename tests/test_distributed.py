@@ -20,7 +20,7 @@ from pskd.methods import registry
 from pskd.metrics import MEASURES, summarize
 from pskd.order import Plan, epoch_order
 from pskd.run_dir import RunDir
-from pskd.sites import one_site
+from pskd.sites import Sites
 from pskd.store import open_generation
 from pskd.store.store import Store, StoreOptions
 from pskd.trainer import History, Trainer
@@ -81,14 +81,14 @@ def trainer_of(
             identity=catalog.fingerprint,
             run="run",
             start=0,
-            peers=one_site(world),
+            peers=Sites(world, [0] * world.size),
             options=StoreOptions("float32"),
             device=world.device,
         )
     return Trainer(
         config=config,
         world=world,
-        sites=one_site(world),
+        sites=Sites(world, [0] * world.size),
         run_dir=RunDir(Path(path)),
         mixer=Mixer(0, Mixing(), Erasing()),
         data=ArrayData(catalog, world.device, 0, 1, False),

@@ -357,13 +357,13 @@ def test_no_process_outlives_the_one_that_indexes(folder, how):
 def test_a_file_gives_back_what_was_written(paths, class_names):
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "index")
-        index = synthetic(Path("/root"), paths, class_names=tuple(class_names))
+        index = synthetic(Path("/photos"), paths, class_names=tuple(class_names))
         write(index, file)
-        found = open_index(file, Path("/root"))
+        found = open_index(file, Path("/photos"))
         assert same(index, found)
         assert relatives(found) == paths
         ids_B = np.array([len(paths) - 1, 0, 0])
-        wanted = [b"/root/" + paths[k] for k in ids_B]
+        wanted = [b"/photos/" + paths[k] for k in ids_B]
         assert [row.tobytes() for row in found.path_bytes(ids_B)] == wanted
         assert [os.fsencode(found.path(k)) for k in ids_B] == wanted
         assert found.path_bytes(ids_B[:0]) == []

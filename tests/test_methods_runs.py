@@ -6,9 +6,6 @@ variables that torchrun sets: a launch in a second. Those under "torchrun" are l
 
 import io
 import math
-import multiprocessing
-import os
-import socket
 import time
 from dataclasses import replace
 
@@ -27,6 +24,7 @@ from pskd.metrics import summarize
 from pskd.order import Plan
 from pskd.store import open_generation
 from pskd.weights import export_weights, read_weights
+from tests.forked import ForkedJob
 from tests.launches import DEADLINE_S, Job, metrics, result, status, wait_for_no_process
 from tests.launches import kill as kill_processes
 from tests.photos import make_folder
@@ -80,85 +78,21 @@ EMA = ("--model.ema_decay=0.9", "--evaluation.weights=ema")
 # --- how runs are started, killed and waited for ---------------------------------------------
 
 
-def _fork_ranks(pipe):
-    """Answers (argv, log, ranks) with the pids of a job, and a pid with its exit code."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import pskd.job  # noqa: F401
-    from pskd.entry import main
-
-    digits.load(None, False)
-    while (asked := pipe.recv()) is not None:
-        if isinstance(asked, int):
-            pipe.send(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]))
-            continue
-        argv, log, ranks = asked
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        pids = []
-        for rank in range(ranks):
-            pid = os.fork()
-            if pid == 0:
-                os.environ.update(
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE=str(ranks),
-                    LOCAL_WORLD_SIZE=str(ranks),
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(port),
-                )
-                file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(file, 1)
-                os.dup2(file, 2)
-                os._exit(main(argv))
-            pids.append(pid)
-        pipe.send(pids)
-
-
-class ForkedRun:
-    """One job of the ranks above."""
-
-    def __init__(self, pipe, run_dir, flags, ranks):
-        self._pipe, self._pids = pipe, None
-        self.log = run_dir.parent / f"{run_dir.name}-{time.monotonic_ns()}.log"
-        pipe.send((["--run.dir", str(run_dir), *map(str, flags)], str(self.log), ranks))
-        self._pids = pipe.recv()
+class ForkedRun(ForkedJob):
+    """One job of forked ranks."""
 
     def processes(self):
-        return [psutil.Process(pid) for pid in self._pids]
+        return self.workers()
 
     def running(self):
-        return all(p.status() != psutil.STATUS_ZOMBIE for p in self.processes())
-
-    def wait(self):
-        """The largest exit code."""
-        codes = []
-        for pid in self._pids:
-            self._pipe.send(pid)
-            assert self._pipe.poll(DEADLINE_S), f"it hangs:\n{self.output()}"
-            codes.append(self._pipe.recv())
-        return max(codes, key=abs)
-
-    def output(self):
-        return self.log.read_text()
+        return len(self.workers()) == len(self.process.pids)
 
 
 class Forks:
     """Starts such jobs."""
 
-    def __init__(self):
-        self._pipe, there = multiprocessing.get_context("spawn").Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=_fork_ranks, args=(there,)
-        )
-        self._process.start()
-
     def start(self, run_dir, *flags, ranks=2):
-        return ForkedRun(self._pipe, run_dir, flags, ranks)
-
-    def close(self):
-        self._pipe.send(None)
-        self._process.join()
+        return ForkedRun(run_dir, *flags, processes=ranks)
 
 
 class TorchrunRun(Job):
@@ -180,9 +114,7 @@ class Torchrun:
 
 @pytest.fixture(scope="module")
 def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
+    return Forks()
 
 
 def complete(start, run_dir, *flags, ranks=2):

@@ -33,7 +33,7 @@ from pskd.engine import Engine
 from pskd.methods import registry
 from pskd.order import Plan, Walk
 from pskd.run_dir import RunDir
-from pskd.sites import one_site
+from pskd.sites import Sites
 from pskd.store import open_generation
 from pskd.store.store import Store, StoreOptions
 from pskd.trainer import History, Trainer
@@ -643,7 +643,7 @@ def trainer_of(world, path, mixer, accumulation):
     )
     torch.manual_seed(5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    sites = one_site(world)
+    sites = Sites(world, [0] * world.size)
     store = Store(
         Path(path),
         n=N,

@@ -5,7 +5,6 @@ Jobs are forked from a process that has imported everything: a launch then takes
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 
 from pskd.store import open_generation
+from tests.forked import ForkedJob
 from tests.launches import metrics, result, status, train
 
 SAMPLES, EPOCHS = 512, 3
@@ -39,53 +39,16 @@ def slowly(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def _fork_jobs(pipe):
-    """Answers (argv, log) with the pid of a job, and a pid with its exit code."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import pskd.job  # noqa: F401
-    from pskd.data import digits
-    from pskd.entry import main
-
-    digits.load(None, False)
-    while (asked := pipe.recv()) is not None:
-        if isinstance(asked, int):
-            pipe.send(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]))
-            continue
-        argv, log = asked
-        pid = os.fork()
-        if pid == 0:
-            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            os._exit(main(argv))
-        pipe.send(pid)
-
-
 class Jobs:
     """Runs `train.py --run.dir RUN FLAGS...` in forked processes."""
 
-    def __init__(self):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_fork_jobs, args=(there,))
-        self._process.start()
-
     def start(self, run_dir, *flags):
-        """A pid, and the file of its output."""
-        log = run_dir.parent / f"{run_dir.name}-{time.monotonic_ns()}.log"
-        self._pipe.send((["--run.dir", str(run_dir), *map(str, flags)], str(log)))
-        return self._pipe.recv(), log
-
-    def wait(self, pid):
-        """Its exit code."""
-        self._pipe.send(pid)
-        assert self._pipe.poll(DEADLINE_S), "it hangs"
-        return self._pipe.recv()
+        return ForkedJob(run_dir, *flags, processes=None)
 
     def run(self, run_dir, *flags):
         """Exit code and output."""
-        pid, log = self.start(run_dir, *flags)
-        return self.wait(pid), log.read_text()
+        job = self.start(run_dir, *flags)
+        return job.wait(), job.output()
 
     def complete(self, run_dir, *flags):
         """The output of a run that has to end well."""
@@ -96,24 +59,15 @@ class Jobs:
 
     def kill_when(self, ready, run_dir, *flags):
         """SIGKILL as soon as `ready()`."""
-        pid, log = self.start(run_dir, *flags)
-        deadline = time.monotonic() + DEADLINE_S
-        while not ready():
-            assert time.monotonic() < deadline, log.read_text()
-        os.kill(pid, signal.SIGKILL)
-        assert self.wait(pid) == -signal.SIGKILL, log.read_text()
-
-    def close(self):
-        """No more."""
-        self._pipe.send(None)
-        self._process.join()
+        job = self.start(run_dir, *flags)
+        job.wait_until(ready)
+        job.process.send_signal(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL, job.output()
 
 
 @pytest.fixture(scope="module")
 def jobs():
-    jobs = Jobs()
-    yield jobs
-    jobs.close()
+    return Jobs()
 
 
 def digest(run_dir):
@@ -278,10 +232,10 @@ class TestKilled:
         for number in range(8):
             new = tmp_path / f"new-{number}"
             for _ in range(3):
-                pid, _ = jobs.start(new, *FLAGS, *resume)
+                job = jobs.start(new, *FLAGS, *resume)
                 time.sleep(0.2 + 3 * rng.random())
-                os.kill(pid, signal.SIGKILL)
-                jobs.wait(pid)
+                job.process.send_signal(signal.SIGKILL)
+                job.wait()
             jobs.complete(new, *FLAGS, *resume)
             assert_same_run(new, source)
 
