@@ -247,16 +247,18 @@ class Trainer:
         if self.store is None:
             return {}
         waits = self.store.waits()
-        full = max(self.world.gather((waits["write"].times, waits["write"].seconds)))
-        if full[0]:
+        write, seconds = waits["write"], sum(wait.seconds for wait in waits.values())
+        ranks = self.world.gather((write.times, write.seconds, seconds))
+        times, longest, _ = max(ranks)
+        if times:
             log.warning(
                 "%s: training waited %d times (%.1f s) for the disk of the prediction store, as "
                 "all its buffers were full. A faster disk or a smaller store.encoding avoids it.",
                 self._label(epoch),
-                *full,
+                times,
+                longest,
             )
-        seconds = sum(wait.seconds for wait in waits.values())
-        return {"store_wait_s": round(max(self.world.gather(seconds)), 3)}
+        return {"store_wait_s": round(max(all_s for _, _, all_s in ranks), 3)}
 
     def _evaluate(self, epoch: int) -> dict[str, float | None]:
         """The measures on the validation split; each sample counts once, on any world.

@@ -110,8 +110,9 @@ def partners(count: int, absent: tuple[int, ...]) -> npt.NDArray[np.int64]:
 def shares(seed: int, epoch: int, ids_B: Ids, mixing: Mixing) -> npt.NDArray[np.float64]:
     """Each image's own share, from Beta(alpha, alpha); 1 if it is not mixed. Stream "mix".
 
-    Mixup's is folded to at least one half: as both of a pair are mixed, that only says which of
-    the two mixtures is whose.
+    Mixup's is folded to at least one half (ours): an image is mostly its own sample, which a
+    method may then remember it for. Over both samples of a pair, the mixtures keep the published
+    distribution; in one step, both samples have their mixture, where it could favour one twice.
     """
     u_B2 = draws.uniforms(seed, epoch, ids_B, "mix", 2)
     alpha = mixing.alpha
