@@ -221,7 +221,6 @@ class Trainer:
         """Close the generation of predictions, measure, log, save."""
         if self.store is not None:
             self.store.begin_epoch(epoch + 1)
-        self.engine.sync_buffers()  # also of weights that are exported without being evaluated
         line = {
             "epoch": epoch,
             "train_loss": self.history.loss_sum / self.history.samples,
@@ -265,6 +264,7 @@ class Trainer:
 
         All None after an epoch that is not evaluated.
         """
+        self.engine.sync_buffers()  # also for weights that are exported without being evaluated
         last = epoch + 1 == self.config.train.epochs
         if not last and (epoch + 1) % self.config.evaluation.every:
             return dict.fromkeys(MEASURES)
