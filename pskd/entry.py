@@ -7,14 +7,17 @@ from pskd.errors import EXIT_FAILED, PskdError
 
 
 def main(argv: list[str]) -> int:
-    """Train; returns the exit code. Every rank sees the same command line, so rank 0 speaks."""
+    """Train; returns the exit code. A node's ranks have one command line: its first one speaks."""
     if launch.is_launched():
         launch.die_with_launcher()  # first of all: imports take seconds, and a launcher can die
     try:
         invocation = command_line.load(argv)
     except PskdError as error:
-        if launch.rank() == 0:
+        if launch.local_rank() > 0:
+            launch.leave_the_last_word()
+        else:
             sys.stderr.write(f"error: {error}\n")
+            sys.stderr.flush()
         return EXIT_FAILED
     from pskd import job  # noqa: PLC0415  (torch and DeepSpeed: 5 s)
 

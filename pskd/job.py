@@ -112,6 +112,8 @@ class _Job:
         speaks = {"rank 0": self.rank == 0, "this": True, "first": first}[failure.speaker]
         if speaks:
             log.error("error: %s", failure.reason)
+        else:
+            launch.leave_the_last_word()
 
 
 def _compare_configurations(config: Config, here: World) -> None:

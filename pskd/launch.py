@@ -8,11 +8,13 @@ import ctypes
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+_LAST_WORD_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,21 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """The rank on its node that the launcher gave this process; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def leave_the_last_word() -> None:
+    """Before a failure that another rank tells of: let that rank end first.
+
+    A launcher ends all ranks as soon as one has failed, so the one that speaks might not get to.
+    Returns after some seconds, should no launcher end this process.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training may have made it a mere request
+    time.sleep(_LAST_WORD_S)
+
+
 def from_environment() -> Launch:
     """Read the launcher's variables, or set those of a single process."""
     if not is_launched():
@@ -48,8 +65,8 @@ def from_environment() -> Launch:
     env = os.environ
     local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or "1"
     return Launch(
-        rank=int(env["RANK"]),
-        local_rank=int(env.get("LOCAL_RANK", "0")),
+        rank=rank(),
+        local_rank=local_rank(),
         world_size=int(env["WORLD_SIZE"]),
         local_world_size=int(local_size),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from pskd.errors import EXIT_FAILED
 from tests.launches import DEADLINE_S, Job
 
 
@@ -82,10 +83,12 @@ class _Ranks:
         return [pid for pid in self.pids if pid not in self._codes]
 
     def poll(self) -> int | None:
-        """As `returncode`, after a look."""
+        """As `returncode`, after a look. As launchers do, ends all when one has failed."""
         for pid in self.living:
             if (code := _ask(pid)) is not None:
                 self._codes[pid] = code
+                if code == EXIT_FAILED:
+                    self.send_signal(signal.SIGTERM)
         return self.returncode
 
     def wait(self, timeout: float) -> int:

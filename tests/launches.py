@@ -37,10 +37,11 @@ class Job:
         self.log = (
             options.pop("log_dir", run_dir.parent) / f"{run_dir.name}-{time.monotonic_ns()}.log"
         )
+        program = options.pop("program", ROOT / "train.py")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, str(ROOT / "train.py"), "--run.dir", str(run_dir), *flags],
+                [*command, str(program), "--run.dir", str(run_dir), *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,

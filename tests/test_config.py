@@ -515,12 +515,12 @@ def test_the_demos_differ_in_the_method_alone_and_run_on_up_to_eight_ranks():
 # --- the command line as a process ---------------------------------------------------------
 
 
-def train_py(*argv, rank="0"):
+def train_py(*argv, local_rank="0"):
     """(process, top-level modules it imported)."""
     process = subprocess.run(
         [sys.executable, "-X", "importtime", "train.py", *argv],
         cwd=REPO,
-        env={**os.environ, "RANK": rank},
+        env={**os.environ, "RANK": "8", "LOCAL_RANK": local_rank},
         capture_output=True,
         text=True,
         timeout=60,
@@ -577,5 +577,6 @@ def test_a_refusal_is_one_line_of_rank_0_and_imports_no_torch():
     assert said == ["error: unknown key 'train.epoch'. Did you mean 'train.epochs'?"]
     assert process.stdout == ""
     assert modules & HEAVY == set()
-    process, _, said = train_py("--train.epoch", "3", rank="1")
+    # The first rank of each node speaks: another node may have been given another command line.
+    process, _, said = train_py("--train.epoch", "3", local_rank="1")
     assert (process.returncode, said) == (1, [])

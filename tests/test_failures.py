@@ -51,6 +51,19 @@ def test_two_ranks_refuse_a_bad_command_line_once(tmp_path):
     assert_refused(train(tmp_path / "run", "--recipe=nope"), "--recipe 'nope' is unknown")
 
 
+def test_the_rank_that_speaks_may_be_the_slowest(tmp_path):
+    """A launcher ends all ranks as soon as one has failed."""
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, runpy, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "time.sleep(2 * (os.environ['LOCAL_RANK'] == '0'))\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    job = train(tmp_path / "run", "--recipe=nope", program=late)
+    assert_refused(job, "--recipe 'nope' is unknown")
+
+
 def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
     job = forked.train(tmp_path / "run", *BRIEF, "--train.batch_size=1438", processes=None)
     assert_refused(job, "train.batch_size 1438", "1437 samples")

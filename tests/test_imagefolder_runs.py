@@ -387,11 +387,12 @@ def test_of_many_ranks_one_builds_the_index(tmp_path):
 @pytest.fixture(scope="module")
 def alone():
     """A world of this process."""
-    environment = {k: os.environ.get(k) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    assert not any(environment.values())
-    here = world.start(60)
-    yield here
+    before = dict(os.environ)
+    assert not before.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    yield world.start(60)
     dist.destroy_process_group()
+    os.environ.clear()  # it has set a launcher's variables
+    os.environ.update(before)
 
 
 def samples_of(here, *flags):
