@@ -1,4 +1,4 @@
-"""`pskd evaluate | compare | index | store`: what one does beside training."""
+"""`pskd evaluate | compare | recipes | index | store`: what one does beside training."""
 
 import argparse
 import json
@@ -37,7 +37,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     compare = commands.add_parser("compare", help="a table of complete runs")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    compare.add_argument(
+        "--by-recipe",
+        action="store_true",
+        help="one row a recipe: mean, deviation and published figure",
+    )
     compare.set_defaults(run=_compare)
+    recipes = commands.add_parser("recipes", help="the recipes, with what was published")
+    recipes.add_argument(
+        "words",
+        nargs="*",
+        metavar="TABLE | show NAME",
+        help="the beginning of names (default: all); or print one recipe as resolved YAML",
+    )
+    recipes.add_argument("--names", action="store_true", help="print the names alone")
+    recipes.set_defaults(run=_recipes)
     _add_index(commands.add_parser("index", help="look at a folder of images, once"))
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
@@ -115,9 +129,26 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from pskd.report.compare import comparison  # noqa: PLC0415
+    from pskd.report.compare import by_recipe, comparison  # noqa: PLC0415
 
-    print(comparison(arguments.runs))
+    print((by_recipe if arguments.by_recipe else comparison)(arguments.runs))
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    from pskd import recipe  # noqa: PLC0415
+    from pskd.report.recipes import listing, shown  # noqa: PLC0415
+
+    match arguments.words:
+        case ["show", name]:
+            print(shown(name))
+        case [] | [_]:
+            prefix = arguments.words[0] if arguments.words else ""
+            print("\n".join(recipe.table(prefix)) if arguments.names else listing(prefix))
+        case words:
+            raise PskdError(
+                f"pskd recipes {' '.join(words)}: use `pskd recipes [TABLE]` or "
+                "`pskd recipes show NAME`."
+            )
 
 
 def _index(arguments: argparse.Namespace) -> None:

@@ -11,25 +11,16 @@ import re
 from collections.abc import Mapping
 from datetime import date
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jsonargparse
-import yaml
 
+from pskd import recipe
 from pskd.config import Config, section_types
 from pskd.errors import PskdError
 from pskd.fields import known
 from pskd.methods.sections import SECTIONS
-
-
-class Invocation(NamedTuple):
-    """A parsed command line: the configuration, and the recipe's name if one was given."""
-
-    config: Config
-    recipe: str | None
-
 
 _DEFAULT_METHOD = "pskd"
 
@@ -46,8 +37,8 @@ _PUBLIC_FLAGS = {
     "experiments_dir": "--run.dir",
     "classifier_type": "--model.name",
     "data_type": "--data.name",
-    "data_path": "nothing yet: the data sets so far come with packages",
-    "workers": "nothing: images are resident",
+    "data_path": "--data.root",
+    "workers": "--data.threads, for folders of images",
     "alpha_T": "--method.alpha_T",
     "saveckp_freq": "--checkpoint.export_every",
     "rank": "torchrun --node-rank",
@@ -67,20 +58,29 @@ class _Layer(NamedTuple):
     tokens: list[str]
 
 
-def load(argv: list[str]) -> Invocation:
+def load(argv: list[str]) -> Config:
     """Parse and check a command line.
 
     Raises:
         PskdError: unknown key (with a suggestion), wrong type, or a value out of range.
         SystemExit: after --help.
     """
-    recipe, config_files, flags = _split(argv)
-    if recipe is None and not config_files:
+    config = resolve(argv)
+    config.check()
+    return config
+
+
+def resolve(argv: list[str]) -> Config:
+    """As `load`, but values may be out of range, and what has to be named may be missing."""
+    name, config_files, flags = _split(argv)
+    if name is None and not config_files:
         config_files = _config_of_run(flags)
     layers = []
-    if recipe is not None:
-        layers.append(_layer(read_recipe(recipe), f"recipe {recipe}"))
-    layers += [_layer(_read_yaml(Path(path)), f"--config {path}") for path in config_files]
+    if name is not None:
+        layers += [_layer(*part) for part in recipe.read(name).parts]
+        layers.append(_Layer("", [f"--run.recipe={name}"]))
+    for path in config_files:
+        layers += [_layer(*part) for part in recipe.read_file(Path(path)).parts]
     layers.append(_Layer("", [flag for flag in flags if flag != "--help"]))
     method, layers = _choose_method(layers)
     if "--help" in flags:
@@ -89,36 +89,7 @@ def load(argv: list[str]) -> Invocation:
     for layer in layers:
         _check_keys(layer, method)
     values = _parse([token for layer in layers for token in layer.tokens], method)
-    config = Config(**{s: kind(**values[s]) for s, kind in section_types(SECTIONS[method])})
-    config.check()
-    return Invocation(config, recipe)
-
-
-def recipe_names() -> list[str]:
-    """The names of the recipes that the package holds, sorted."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in files("pskd.recipes").iterdir()
-        if p.name.endswith(".yaml")
-    )
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe's nested settings, on top of those of the one `base:` that it may name."""
-    known(name, recipe_names(), "--recipe")
-    settings = yaml.safe_load((files("pskd.recipes") / f"{name}.yaml").read_text())
-    base = settings.pop("base", None)
-    if base is None:
-        return dict(settings)
-    merged = read_recipe(base)
-    for section, values in settings.items():
-        inherited = merged.get(section, {})
-        # Another method does not inherit what belonged to the base's.
-        before = inherited.get("name", _DEFAULT_METHOD)
-        if section == "method" and values.get("name", before) != before:
-            inherited = {}
-        merged[section] = {**inherited, **values}
-    return merged
+    return Config(**{s: kind(**values[s]) for s, kind in section_types(SECTIONS[method])})
 
 
 def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
@@ -163,19 +134,7 @@ def _config_of_run(flags: list[str]) -> list[str]:
     return found[:1]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise PskdError(f"--config {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PskdError(f"--config {path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise PskdError(f"--config {path} must hold sections such as 'train: {{epochs: 10}}'.")
-    return settings
-
-
-def _layer(settings: Mapping[str, Any], source: str) -> _Layer:
+def _layer(source: str, settings: Mapping[str, Any]) -> _Layer:
     tokens = []
     for section, values in settings.items():
         if not isinstance(values, dict):
@@ -252,7 +211,7 @@ def _parser(method: str) -> Any:
         prog="train.py",
         usage="%(prog)s [--recipe NAME] [--config FILE.yaml] [--section.field VALUE ...]",
         description="Train an image classifier. Later wins: recipe, --config files, flags. "
-        f"Recipes: {', '.join(recipe_names())}.",
+        "`pskd recipes` lists the recipes; digits-pskd needs no data of your own.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,

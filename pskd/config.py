@@ -26,6 +26,7 @@ class RunSection:
         None, "run directory; what is in it is resumed (default: a new one under run.root)"
     )
     root: str = output("runs", "where new numbered run directories are made")
+    recipe: str | None = output(None, "the recipe that its settings began with (--recipe)")
     resume: str | None = output(
         None, "begin a new run from another: its directory, or one of its checkpoints (--resume)"
     )

@@ -11,7 +11,7 @@ def main(argv: list[str]) -> int:
     if launch.is_launched():
         launch.die_with_launcher()  # first of all: imports take seconds, and a launcher can die
     try:
-        invocation = command_line.load(argv)
+        config = command_line.load(argv)
     except PskdError as error:
         if launch.local_rank() > 0:
             launch.leave_the_last_word()
@@ -21,4 +21,4 @@ def main(argv: list[str]) -> int:
         return EXIT_FAILED
     from pskd import job  # noqa: PLC0415  (torch and DeepSpeed: 5 s)
 
-    return job.run(invocation)
+    return job.run(config)

@@ -45,5 +45,6 @@ def known(name: str, choices: Collection[str], key: str) -> None:
         hint = f": did you mean '{near[0]}'?" if near else "."
         shown = sorted(choices)
         if len(shown) > _MOST_SHOWN:
-            shown = [*difflib.get_close_matches(name, choices, n=_MOST_SHOWN, cutoff=0.2), "..."]
+            close = difflib.get_close_matches(name, choices, n=_MOST_SHOWN, cutoff=0.2)
+            shown = [*(close or shown[:_MOST_SHOWN]), "..."]
         raise PskdError(f"{key} '{name}' is unknown{hint} Known: {', '.join(shown)}.")

@@ -10,7 +10,6 @@ import torch
 
 from pskd import deepspeed_config, launch, mirror, models, run_dir, world
 from pskd.checkpoint import Checkpoints, Position, Stateful
-from pskd.command_line import Invocation
 from pskd.config import Config
 from pskd.engine import Engine
 from pskd.errors import EXIT_FAILED, AgreedError, PskdError
@@ -58,10 +57,10 @@ class Identity:
             )
 
 
-def run(invocation: Invocation) -> int:
+def run(config: Config) -> int:
     """Train as configured; returns the exit code (0 complete, 75 stopped, 1 failed)."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    job = _Job(invocation)
+    job = _Job(config)
     try:
         return job.run()
     except (Exception, KeyboardInterrupt) as error:
@@ -73,20 +72,20 @@ def run(invocation: Invocation) -> int:
 class _Job:
     """How far a job has come, for the report of its failure."""
 
-    invocation: Invocation
+    config: Config
     rank: int = field(default_factory=launch.rank)
     path: Path | None = None
     start: int | None = None  # once the run directory has accepted this start
 
     def run(self) -> int:
-        config = self.invocation.config
+        config = self.config
         here = world.start(config.run.timeout_s)
         log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
         threads = world.set_threads(config.run.threads, here)
         _compare_configurations(config, here)
         catalog, plan = samples(config, here)
         settings = _deepspeed_settings(config, plan, here)
-        directory, sites = open_directory(config, settings, self.invocation.recipe, here)
+        directory, sites = open_directory(config, settings, here)
         self.path = directory.path
         start, origin = register_start(config, settings, here, directory, sites, threads)
         self.start = start.number
@@ -102,7 +101,7 @@ class _Job:
 
     def report(self, error: BaseException) -> None:
         """Say once why the job failed, in the log and in status.json."""
-        failure = understand(error, self.invocation.config.train)
+        failure = understand(error, self.config.train)
         first = self.start is None
         if self.path is not None and self.start is not None:
             try:

@@ -30,9 +30,7 @@ class Origin(NamedTuple):
     changes: list[str]
 
 
-def open_directory(
-    config: Config, settings: dict[str, Any], recipe: str | None, here: World
-) -> tuple[RunDir, Sites]:
+def open_directory(config: Config, settings: dict[str, Any], here: World) -> tuple[RunDir, Sites]:
     """The run directory, owned by its site's first rank and seen by the others.
 
     Raises:
@@ -41,7 +39,7 @@ def open_directory(
     path, token = "", secrets.token_hex(8)
     with here.together():
         if here.rank == 0:
-            label = recipe or f"{config.data.name}-{config.method.name}"
+            label = config.run.recipe or f"{config.data.name}-{config.method.name}"
             root = Path(config.run.root)
             chosen = Path(config.run.dir) if config.run.dir else run_dir.new_path(root, label)
             directory = _own(chosen.absolute(), config, token)

@@ -29,7 +29,7 @@ def seen(world, root, threads, prefetch, epoch, step):
         f"--train.epochs={EPOCHS}",
         "--schedule.milestones=[]",
     ]
-    config = command_line.load(flags).config
+    config = command_line.load(flags)
     catalog, plan = loading.samples(config, world)
     data = loading.loader(config, world, catalog, peers=True)
     mix = loading.mixer(config)

@@ -627,7 +627,7 @@ def test_ranks_take_turns_to_fetch(cifar, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cifar.reader, "download", download)
     flags = (f"--data.root={tmp_path}/new", "--data.download=true", "--train.batch_size=4")
-    config = command_line.load([f"--data.name={cifar.name}", *flags]).config
+    config = command_line.load([f"--data.name={cifar.name}", *flags])
     with ThreadPoolExecutor(2) as ranks:
         assert set(ranks.map(fingerprint, range(2))) == {read(cifar.name, cifar.root).fingerprint}
     assert all(a[1] <= b[0] for a, b in pairwise(sorted(spans)))

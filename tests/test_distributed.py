@@ -56,7 +56,7 @@ def trainer_of(
     """A trainer of the first `n` digits, on the ranks of the pool."""
     flags = [f"--train.batch_size={batch}", f"--train.accumulation={accumulation}"]
     flags += [f"--optimizer.clip_norm={clip}", "--train.epochs=3", *PLAIN_SGD]
-    config = command_line.load(["--recipe", recipe, *flags]).config
+    config = command_line.load(["--recipe", recipe, *flags])
     catalog = digits.load(None, False)
     train, held_out = catalog.train, catalog.validation
     catalog = replace(
@@ -300,7 +300,7 @@ def compare_configurations(world: World, flag: str) -> str:
     """What a rank hears when the last rank was given one more flag, `flag`."""
     flags = ["--recipe", "digits-pskd"] + [flag] * (world.rank == world.size - 1)
     try:
-        job._compare_configurations(command_line.load(flags).config, world)
+        job._compare_configurations(command_line.load(flags), world)
     except PskdError as error:
         return f"{type(error).__name__}: {error}"
     return "fine"

@@ -396,7 +396,7 @@ def alone():
 
 
 def samples_of(here, *flags):
-    return loading.samples(command_line.load([*FLAGS, *flags]).config, here)
+    return loading.samples(command_line.load([*FLAGS, *flags]), here)
 
 
 def refusal(function, *args):

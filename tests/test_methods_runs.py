@@ -386,7 +386,7 @@ def test_an_export_after_an_epoch_without_evaluation_has_that_epochs_statistics(
 
 def average_of_steps(world, accumulation, steps):
     """Weights after each optimizer step, the average after the last, and buffers of both."""
-    config = command_line.load(["--optimizer.lr=0.3"]).config
+    config = command_line.load(["--optimizer.lr=0.3"])
     settings = deepspeed_config.complete(
         "fp32",
         batch=8 * world.size * accumulation,
@@ -456,7 +456,7 @@ def test_a_rate_that_is_meant_for_another_batch_grows_with_the_batch(forks, tmp_
     [(0.1, 256, 1024, 0.4), (0.1, 256, 64, 0.025), (0.1, 128, 128, 0.1), (0.1, 0, 64, 0.1)],
 )
 def test_the_peak_rate_is_in_proportion_to_the_batch(lr, meant_for, batch, expected):
-    config = command_line.load(["--recipe=digits-baseline"]).config
+    config = command_line.load(["--recipe=digits-baseline"])
     config = replace(
         config,
         optimizer=replace(config.optimizer, lr=lr, lr_for_batch=meant_for),
@@ -466,7 +466,7 @@ def test_the_peak_rate_is_in_proportion_to_the_batch(lr, meant_for, batch, expec
 
 
 def test_without_it_the_rate_is_exactly_the_one_given():
-    config = command_line.load(["--recipe=digits-baseline"]).config
+    config = command_line.load(["--recipe=digits-baseline"])
     for lr in (0.1, 0.05, 0.2, 0.03, 0.07):
         for batch in range(2, 2049):
             changed = replace(

@@ -44,7 +44,7 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def engine_of(world: World, name: str, *flags: str) -> Engine:
-    config = command_line.load([f"--engine.deepspeed_config={name}", *flags]).config
+    config = command_line.load([f"--engine.deepspeed_config={name}", *flags])
     settings = deepspeed_config.complete(
         config.engine.deepspeed_config,
         batch=8 * world.size,

@@ -69,21 +69,21 @@ def long_commands() -> list[str]:
 def test_the_long_commands_of_the_readme_are_accepted(command):
     launcher, _, flags = command.partition(" train.py ")
     assert launcher == "torchrun --standalone --nproc-per-node 2"
-    recipe = load(shlex.split(flags)).recipe
+    recipe = load(shlex.split(flags)).run.recipe
     assert recipe is not None
     assert "pskd" in recipe
 
 
 def test_there_is_one_for_each_data_set():
     named = {
-        load(shlex.split(c.partition(" train.py ")[2])).config.data.name
+        load(shlex.split(c.partition(" train.py ")[2])).data.name
         for c in [*commands(), *long_commands()]
         if " train.py " in c
     }
     assert named == {*DATASETS, FOLDER}
 
 
-@pytest.mark.parametrize("name", ["pskd/store/format.py", "scripts/fashion_mnist.sh", "LICENSE"])
+@pytest.mark.parametrize("name", ["pskd/store/format.py", "scripts/reproduce.sh", "LICENSE"])
 def test_files_that_the_readme_names_exist(name):
     assert (ROOT / name).exists()
     assert Path(name).name in (ROOT / "README.md").read_text()

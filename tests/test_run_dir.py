@@ -136,7 +136,7 @@ class TestNewPath:
             new_path(tmp_path / "file", "a")
 
 
-DEFAULT = command_line.load([]).config
+DEFAULT = command_line.load([])
 FIELDS = [
     (section.name, field.name, field.metadata["tag"])
     for section in dataclasses.fields(DEFAULT)
@@ -175,11 +175,11 @@ class TestReconcile:
         self.before = self.saved.read_bytes()
 
     def test_the_same_configuration_goes_on(self, run):
-        run.reconcile(command_line.load([]).config)
+        run.reconcile(command_line.load([]))
         assert self.saved.read_bytes() == self.before
 
     def test_what_is_saved_is_what_the_run_resolves_to(self):
-        again = command_line.load(["--config", str(self.saved)]).config
+        again = command_line.load(["--config", str(self.saved)])
         assert again == DEFAULT
 
     @pytest.mark.parametrize(("section", "name"), [f[:2] for f in FIELDS if f[2] == "numerics"])
