@@ -1,4 +1,4 @@
-"""`pskd evaluate | compare | recipes | index | store`: what one does beside training."""
+"""The `pskd` command: what one does beside training."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        arguments.run_command(arguments)
     except PskdError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAILED
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--bins", type=int, default=10, help="bins of the ECE (default: 10)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object only")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run_command=_evaluate)
     compare = commands.add_parser("compare", help="a table of complete runs")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     compare.add_argument(
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one row a recipe: mean, deviation and published figure",
     )
-    compare.set_defaults(run=_compare)
+    compare.set_defaults(run_command=_compare)
     recipes = commands.add_parser("recipes", help="the recipes, with what was published")
     recipes.add_argument(
         "words",
@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the beginning of names (default: all); or print one recipe as resolved YAML",
     )
     recipes.add_argument("--names", action="store_true", help="print the names alone")
-    recipes.set_defaults(run=_recipes)
+    recipes.set_defaults(run_command=_recipes)
+    _add_export(commands.add_parser("export", help="a run's network for other programs"))
+    _add_import(commands.add_parser("import", help="weights of public code for this program"))
     _add_index(commands.add_parser("index", help="look at a folder of images, once"))
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
@@ -61,8 +63,40 @@ def _parser() -> argparse.ArgumentParser:
     ):
         action = actions.add_parser(name, help=text)
         action.add_argument("directory", type=Path, metavar="DIR", help="a run, or its store/")
-        action.set_defaults(run=run)
+        action.set_defaults(run_command=run)
     return parser
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("run", type=Path, metavar="RUN", help="the directory of a complete run")
+    export.add_argument(
+        "--weights", choices=["last", "best"], default="last", help="of which epoch"
+    )
+    export.add_argument(
+        "--format",
+        choices=["state-dict", "torch-export", "onnx"],
+        default="state-dict",
+        help="for load_state_dict, torch.export.load or ONNX (default: state-dict)",
+    )
+    export.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: in RUN/exports, named by the network"
+    )
+    export.set_defaults(run_command=_export)
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", type=Path, metavar="FILE", help="a checkpoint or state dict")
+    command.add_argument(
+        "--model", required=True, metavar="NAME", help="the network, as model.name"
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT.pth",
+        help="for --model.init and teachers",
+    )
+    command.set_defaults(run_command=_import)
 
 
 def _add_index(index: argparse.ArgumentParser) -> None:
@@ -100,7 +134,7 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     index.add_argument(
         "--workers", type=int, metavar="K", help="processes that read (default: one a core)"
     )
-    index.set_defaults(run=_index)
+    index.set_defaults(run_command=_index)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -149,6 +183,22 @@ def _recipes(arguments: argparse.Namespace) -> None:
                 f"pskd recipes {' '.join(words)}: use `pskd recipes [TABLE]` or "
                 "`pskd recipes show NAME`."
             )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from pskd.export import export  # noqa: PLC0415
+
+    written = export(
+        arguments.run, which=arguments.weights, kind=arguments.format, output=arguments.output
+    )
+    print("\n".join(map(str, written)))
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from pskd.export import import_public  # noqa: PLC0415
+
+    import_public(arguments.file, arguments.model, arguments.output)
+    print(arguments.output)
 
 
 def _index(arguments: argparse.Namespace) -> None:

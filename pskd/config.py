@@ -199,12 +199,23 @@ class ModelSection:
     """The network."""
 
     name: str = numerics("preact_resnet18", "the architecture, ours or torchvision's")
+    init: str | None = numerics(
+        None, "begin with the weights of a file: our export or run, public code's, torchvision's"
+    )
+    new_head: bool = numerics(False, "init: but with a fresh last layer, for other classes")
     sync_batchnorm: bool = numerics(False, "statistics over all ranks' parts (GPUs only)")
     ema_decay: float = numerics(0.0, "keep an average of the weights with this decay; 0: none")
 
     def check(self) -> None:
         """The model exists."""
         known(self.name, MODELS, "model.name")
+        require(self.init != "", "model.init", "''", "name a file, or leave the flag out.")
+        require(
+            self.init is not None or not self.new_head,
+            "model.new_head",
+            self.new_head,
+            "there is no other head without model.init.",
+        )
         require(
             0 <= self.ema_decay < 1, "model.ema_decay", self.ema_decay, "use a value in [0, 1)."
         )

@@ -15,7 +15,7 @@ from pskd.engine import Engine
 from pskd.errors import EXIT_FAILED, AgreedError, PskdError
 from pskd.failure import understand
 from pskd.fields import TAGS
-from pskd.loading import AnyCatalog, loader, mixer, samples
+from pskd.loading import AnyCatalog, loader, mixer, preprocessing, samples
 from pskd.methods import registry
 from pskd.methods.interface import Method
 from pskd.order import Plan
@@ -25,6 +25,7 @@ from pskd.startup import Origin, open_directory, register_start
 from pskd.store.store import Store, StoreOptions
 from pskd.teacher import TrainedNetwork
 from pskd.trainer import History, Trainer
+from pskd.weights import initialise, weights_sha256
 from pskd.world import World
 
 log = logging.getLogger("pskd")
@@ -157,8 +158,7 @@ def _prepare(
     origin: Origin | None,
 ) -> tuple[Trainer, Position]:
     """Build every part, and bring it to where the run was left."""
-    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    model = models.build(config.model.name, catalog.num_classes).to(here.device)
+    model = _initial(config, catalog.num_classes, directory, here).to(here.device)
     if config.model.sync_batchnorm:
         if here.device.type != "cuda":
             raise AgreedError("model.sync_batchnorm true works on GPUs only: leave it out.")
@@ -189,6 +189,9 @@ def _prepare(
             options=StoreOptions(section.encoding, section.read, section.readahead_bytes),
             device=here.device,
         )
+    with here.together():
+        if here.rank == 0:
+            directory.write_json("preprocessing.json", preprocessing(config.data, catalog))
     history, identity = History(), Identity(catalog.fingerprint)
     checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
     parts: dict[str, Stateful | None] = {
@@ -220,6 +223,25 @@ def _prepare(
         status=Status(directory, config.train.epochs, start.number) if here.rank == 0 else None,
     )
     return trainer, position
+
+
+def _initial(config: Config, num_classes: int, directory: RunDir, here: World) -> torch.nn.Module:
+    """The network as training begins, the same on every rank."""
+    torch.manual_seed(config.train.seed)
+    model = models.build(config.model.name, num_classes)
+    section = config.model
+    begun = here.broadcast((directory.checkpoints / "latest").exists())
+    if section.init is not None and not begun:  # else a checkpoint brings the weights
+        with here.together():
+            initialise(model, section.name, section.init, section.new_head)
+        found = here.gather(weights_sha256(model))
+        odd = [rank for rank, digest in enumerate(found) if digest != found[0]]
+        if odd:
+            raise AgreedError(
+                f"model.init {section.init} holds other weights on ranks {odd} than on rank 0. "
+                "Give every node the same file."
+            )
+    return model
 
 
 def _adopt(

@@ -3,14 +3,16 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from pskd.config import Config, DataSection
-from pskd.data import imagefolder
+from pskd.data import colour, imagefolder
 from pskd.data.arrays import ArrayData
 from pskd.data.catalog import FOLDER, Catalog, load
 from pskd.data.imagefolder import FolderCatalog
 from pskd.data.interface import Data
 from pskd.data.mix import Erasing, Mixer, Mixing
+from pskd.data.preprocessing import described
 from pskd.data.views import SameClass
 from pskd.errors import AgreedError, PskdError
 from pskd.order import Plan
@@ -103,6 +105,29 @@ def _catalog(section: DataSection) -> AnyCatalog:
         held_out=section.held_out,
         limit=section.limit,
         pad_to=section.pad_to,
+    )
+
+
+def preprocessing(section: DataSection, catalog: AnyCatalog) -> dict[str, Any]:
+    """How validation images become the network's input; see `data/preprocessing.py`."""
+    if isinstance(catalog, Catalog):
+        height, width = catalog.validation.images_NHWC.shape[1:3]
+        return described(
+            catalog.class_names,
+            mean=catalog.mean,
+            std=catalog.std,
+            height=height,
+            width=width,
+            pad_to=section.pad_to or None,
+        )
+    return described(
+        catalog.class_names,
+        mean=colour.MEAN,
+        std=colour.STD,
+        height=section.image_size,
+        width=section.image_size,
+        resize=section.validation_resize,
+        interpolation=section.interpolation,
     )
 
 

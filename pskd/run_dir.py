@@ -4,6 +4,7 @@ config.yaml      the resolved configuration; ds_config.json: DeepSpeed's
 status.json      running | stopped | complete | failed, with reason, position, heartbeat
 env.json         one entry for each start
 metrics.jsonl    one line an epoch
+preprocessing.json  how an image becomes the network's input, and the names of the classes
 result.json      measures of last and best, hash of the weights
 checkpoints/     resumable states
 models/          weights for plain torch

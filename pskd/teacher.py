@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pskd import models
 from pskd.engine import Engine
 from pskd.errors import PskdError
-from pskd.weights import difference, read_weights, weights_sha256
+from pskd.weights import difference, weights_for, weights_sha256
 
 
 class TrainedNetwork:
@@ -33,7 +33,7 @@ class TrainedNetwork:
         Raises:
             PskdError: no weights there, or of another architecture or number of classes.
         """
-        weights = read_weights(Path(path))
+        weights = weights_for(self._name, Path(path))
         wrong = difference(self._engine.model.state_dict(), weights)
         if wrong is not None:
             raise PskdError(

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pskd.errors import PskdError
 from pskd.files import write_atomically
+from pskd.models.public_names import translate
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -74,18 +76,57 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+def weights_for(model: str, path: Path) -> dict[str, Tensor]:
+    """As `read_weights`, under the names that our network `model` has (see `public_names.py`)."""
+    return translate(model, read_weights(path))
+
+
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
     """What keeps some weights from fitting a network, for a message; None if they fit."""
-    missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        parts = [f"{len(missing)} tensors are missing ({missing[0]}, ...)"] if missing else []
-        parts += [f"{len(unknown)} are unknown ({unknown[0]}, ...)"] if unknown else []
-        return " and ".join(parts)
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            return f"{name} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
-    return None
+    shapes = [
+        f"{name} {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and tensor.shape != found[name].shape
+    ]
+    parts = [
+        _some("tensors are missing", [name for name in expected if name not in found]),
+        _some("are unknown", [name for name in found if name not in expected]),
+        _some("have another shape", shapes),
+    ]
+    return "; ".join(part for part in parts if part) or None
+
+
+_MOST_NAMED = 4
+
+
+def _some(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    return f"{len(names)} {what} ({', '.join(names[:_MOST_NAMED])}{more})"
+
+
+def head_of(model: nn.Module) -> list[str]:
+    """Names of the tensors that turn features into logits: of the last linear layer."""
+    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    return [name for name in model.state_dict() if name.startswith(f"{last}.")]
+
+
+def initialise(model: nn.Module, name: str, path: str, new_head: bool) -> None:
+    """Begin with the weights of a file, for `model.init`; new_head: but for the last layer.
+
+    Raises:
+        PskdError: no weights there, or of another network; says which tensors differ.
+    """
+    own, found = model.state_dict(), weights_for(name, Path(path))
+    head = {tensor: own[tensor] for tensor in head_of(model)}
+    wrong = difference(own, {**found, **head} if new_head else found)
+    if wrong is not None:
+        hint = ""
+        if not new_head and difference(own, {**found, **head}) is None:
+            hint = " All but the last layer fits: model.new_head true begins that one anew."
+        raise PskdError(f"model.init {path} does not fit a {name}: {wrong}.{hint}")
+    model.load_state_dict({**found, **head} if new_head else found)
 
 
 def _are_weights(content: dict[Any, Any]) -> bool:
