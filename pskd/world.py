@@ -2,8 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
 from pskd import launch
-from pskd.errors import AgreedError, PskdError
+from pskd.errors import AgreedError, PskdError, together
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -53,21 +52,13 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> AbstractContextManager[None]:
         """Run a block that may fail on some ranks: if it fails on one, it fails on all.
 
         Raises:
             AgreedError: the message of the lowest rank that failed, on every rank.
         """
-        message: str | None = None
-        try:
-            yield
-        except (PskdError, OSError) as error:
-            message = str(error)
-        first = next((m for m in self.gather(message) if m is not None), None)
-        if first is not None:
-            raise AgreedError(first)
+        return together(self.gather)
 
 
 def start(timeout_s: int) -> World:

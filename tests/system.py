@@ -11,7 +11,9 @@ import pytest
 
 # Makes real processes, forked from a clean one that has imported pskd once.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pskd.checkpoint", "pskd.run_dir", "pytest"])
+processes.set_forkserver_preload(
+    ["pskd.checkpoint", "pskd.run_dir", "pskd.store.training", "pytest"]
+)
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
 

@@ -62,6 +62,31 @@ def soft_cross_entropy_per_sample(logits_BC: Tensor, targets_BC: Tensor) -> Tens
     return -(targets_BC * F.log_softmax(logits_BC, dim=1)).sum(dim=1)
 
 
+def refined_cross_entropy(
+    logits_BC: Tensor, labels_B: Tensor, past_BC: Tensor, present_B: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """PS-KD's loss of each sample, and what to remember of it: the whole method in one call.
+
+    The target is `soft_targets` where present_B, and the one-hot label elsewhere.
+
+    Args:
+        logits_BC: of any floating dtype, with gradient; computed with in float32, also under
+            autocast.
+        labels_B: int64. past_BC: float32. present_B: bool. All on the device of the logits.
+        alpha: as `alpha_at` has it for the epoch.
+
+    Returns:
+        loss_B in nats, with gradient; probs_BC, the softmax, without. Both float32.
+    """
+    with torch.autocast(logits_BC.device.type, enabled=False):
+        weight_B = present_B * alpha
+        hard_B1 = 1 - weight_B[:, None]
+        refined: tuple[Tensor, Tensor] = RefinedCrossEntropy.apply(
+            logits_BC.float(), labels_B[:, None], hard_B1, past_BC, weight_B
+        )
+    return refined
+
+
 class RefinedCrossEntropy(torch.autograd.Function):
     """The loss above and the softmax, in as few passes over (B, C) as they need.
 

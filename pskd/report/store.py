@@ -10,8 +10,15 @@ from typing import NamedTuple
 from pskd.checkpoint import Checkpoints
 from pskd.errors import PskdError
 from pskd.run_dir import RunDir
+from pskd.store import record
 from pskd.store.format import Entry
-from pskd.store.generation import MANIFEST, Generation, read_manifest
+from pskd.store.generation import (
+    MANIFEST,
+    Generation,
+    finished_epochs,
+    generation_name,
+    read_manifest,
+)
 from pskd.store.segment import SegmentReader
 
 
@@ -23,15 +30,22 @@ class _Holding(NamedTuple):
     entries: list[Entry]
 
 
+class _Place(NamedTuple):
+    """Where generations lie, and the checkpoints of the run, if a run it is, that name them."""
+
+    store: Path
+    checkpoints: Path | None
+
+
 def info(directory: Path) -> str:
-    """A table of the generations in a run directory or its `store/`, and who names them.
+    """A table of the generations in a run, its `store/` or a loop's directory; who names them.
 
     Raises:
         PskdError: no predictions there; a manifest or segment cannot be read.
     """
-    run = _run(directory)
-    manifests = [_finished(path) for path in _manifests(run)]
-    found = sorted(manifests + _named_by_checkpoints(run))
+    place = _place(directory)
+    manifests = [_finished(path) for path in _manifests(place.store)]
+    found = sorted(manifests + _named_by_checkpoints(place))
     if not found:
         raise _nothing(directory)
     lines = [
@@ -39,8 +53,8 @@ def info(directory: Path) -> str:
         f"{'segments':>8}  {'MB':>9}"
     ]
     for epoch, named_by, entries in found:
-        header = SegmentReader(run.store / entries[0].segment, entries[0]).header
-        generation = Generation(run.store, header.n, header.classes, entries)
+        header = SegmentReader(place.store / entries[0].segment, entries[0]).header
+        generation = Generation(place.store, header.n, header.classes, entries)
         present = int(generation.present_N.sum())
         size = sum(segment.end for segment in generation.segments) / 1e6
         lines.append(
@@ -56,9 +70,9 @@ def verify(directory: Path) -> Iterator[tuple[str, str | None]]:
     Raises:
         PskdError: no predictions there.
     """
-    run = _run(directory)
-    entries = {entry for holding in _named_by_checkpoints(run) for entry in holding.entries}
-    manifests = _manifests(run)
+    place = _place(directory)
+    entries = {entry for holding in _named_by_checkpoints(place) for entry in holding.entries}
+    manifests = _manifests(place.store)
     if not entries and not manifests:
         raise _nothing(directory)
     for path in manifests:
@@ -67,21 +81,26 @@ def verify(directory: Path) -> Iterator[tuple[str, str | None]]:
             entries.update(_finished(path).entries)
         except PskdError as error:
             damage = str(error)
-        yield str(path.relative_to(run.store)), damage
+        yield str(path.relative_to(place.store)), damage
     by_segment = groupby(sorted(entries), key=lambda entry: entry.segment)
     named = [list(group) for _, group in by_segment]
     # crc32 and page faults run outside the interpreter's lock.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        yield from threads.map(lambda group: _verify(run.store, group), named)
+        yield from threads.map(lambda group: _verify(place.store, group), named)
 
 
-def _run(directory: Path) -> RunDir:
-    run = RunDir(directory)
-    return run if run.store.is_dir() else RunDir(directory.absolute().parent)
+def _place(directory: Path) -> _Place:
+    """Of a run directory, its store, or the directory that somebody's own loop has opened."""
+    if not any(directory.glob("gen-*")):
+        run = RunDir(directory)
+        return _Place(run.store, run.checkpoints)
+    run = RunDir(directory.absolute().parent)
+    of_a_run = run.store == directory.absolute() and not (directory / record.RECORD).exists()
+    return _Place(directory, run.checkpoints if of_a_run else None)
 
 
-def _manifests(run: RunDir) -> list[Path]:
-    return sorted(run.store.glob(f"gen-*/{MANIFEST}"))
+def _manifests(store: Path) -> list[Path]:
+    return [store / generation_name(epoch) / MANIFEST for epoch in finished_epochs(store)]
 
 
 def _finished(path: Path) -> _Holding:
@@ -89,9 +108,15 @@ def _finished(path: Path) -> _Holding:
     return _Holding(manifest.epoch, "manifest", manifest.entries)
 
 
-def _named_by_checkpoints(run: RunDir) -> list[_Holding]:
+def _named_by_checkpoints(place: _Place) -> list[_Holding]:
+    states = {}
+    if place.checkpoints is not None:
+        states.update(Checkpoints(place.checkpoints, 1).store_states())
+    loop = record.read(place.store)
+    if loop is not None:
+        states.update({f"state {k + 1}": state for k, state in enumerate(loop.retained)})
     found = []
-    for name, state in Checkpoints(run.checkpoints, 1).store_states().items():
+    for name, state in states.items():
         for epoch, part in ((state["epoch"] - 1, "finished"), (state["epoch"], "growing")):
             if state[part]:
                 found.append(_Holding(epoch, name, [Entry(*e) for e in state[part]]))
@@ -111,6 +136,6 @@ def _verify(store: Path, entries: list[Entry]) -> tuple[str, str | None]:
 
 def _nothing(directory: Path) -> PskdError:
     return PskdError(
-        f"{directory} holds no past predictions: name the run directory of a method that keeps "
-        "them, or its store/."
+        f"{directory} holds no past predictions of a finished epoch: name the run directory of a "
+        "method that keeps them, its store/, or what open_for_training was given."
     )

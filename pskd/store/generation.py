@@ -5,6 +5,7 @@ Letters: N samples of the data set, B of a batch, C classes, S segments.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -172,6 +173,26 @@ def write_manifest(
 def generation_name(epoch: int) -> str:
     """Directory of the predictions made in 0-based `epoch`."""
     return f"gen-{epoch:06d}"
+
+
+def finished_epochs(directory: Path) -> list[int]:
+    """Epochs of the finished generations in a store's directory, ascending."""
+    return sorted(
+        int(path.parent.name.removeprefix("gen-"))
+        for path in directory.glob(f"gen-[0-9]*/{MANIFEST}")
+    )
+
+
+def unfinish(directory: Path, segments: set[str]) -> None:
+    """Delete the manifests that name one of these segments, before they are deleted themselves.
+
+    A checkpoint may name a part of what was a whole generation later.
+    """
+    for epoch in finished_epochs(directory):
+        path = directory / generation_name(epoch)
+        with suppress(PskdError):  # a damaged one stays, for `pskd store verify`
+            if any(entry.segment in segments for entry in read_manifest(path).entries):
+                (path / MANIFEST).unlink()
 
 
 def open_generation(path: str | Path) -> Generation:

@@ -19,7 +19,14 @@ from pskd.errors import PskdError
 from pskd.order import Ids, partition
 from pskd.store.appender import Appender
 from pskd.store.format import Entry, Header
-from pskd.store.generation import MANIFEST, Generation, expect, generation_name, write_manifest
+from pskd.store.generation import (
+    MANIFEST,
+    Generation,
+    expect,
+    generation_name,
+    unfinish,
+    write_manifest,
+)
 from pskd.store.lookahead import Lookahead
 from pskd.store.peers import Peers
 from pskd.store.registry import create_encoding
@@ -88,6 +95,11 @@ class Store:
         self._appender = Appender(self._encoding, classes)
         self._lookahead = Lookahead(device)
         self._warming: _WarmUp | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Of the growing generation."""
+        return self._epoch
 
     def begin_epoch(self, epoch: int) -> None:
         """Make generation epoch - 1 readable and start generation `epoch`.
@@ -229,12 +241,14 @@ class Store:
         named = {e[0] for s in states for e in (*s["finished"], *s["growing"])}
         named |= {e.segment for e in (*self._finished, *self._growing)}
         own = f"{generation_name(self._epoch)}/seg-{self._start:06d}-"
-        for path in self._directory.glob("gen-*/seg-*.psk"):
-            name = path.relative_to(self._directory).as_posix()
-            if name not in named and not name.startswith(own):
-                path.unlink()
+        found = self._directory.glob("gen-*/seg-*.psk")
+        names = {path.relative_to(self._directory).as_posix() for path in found}
+        unwanted = {name for name in names - named if not name.startswith(own)}
+        unfinish(self._directory, unwanted)
+        for name in unwanted:
+            (self._directory / name).unlink()
         for generation in self._directory.glob("gen-*"):
-            if generation.name < generation_name(self._epoch) and not any(
+            if generation.name != generation_name(self._epoch) and not any(
                 generation.glob("seg-*.psk")
             ):
                 shutil.rmtree(generation)
