@@ -36,6 +36,10 @@ def test_every_other_command_of_the_readme_works(tmp_path):
     assert others
     for name in ("train.py", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "scripts").mkdir()
+    table = tmp_path / "scripts" / "reproduce.sh"  # it works in the folder where it lies
+    table.write_text(f'exec {ROOT}/scripts/reproduce.sh "$@"')
+    table.chmod(0o755)
     environment = tmp_path / ".venv" / "bin"
     environment.mkdir(parents=True)
     # The environment that the tests run in is the one that the scripts have made.
