@@ -14,3 +14,23 @@ class PskdError(Exception):
 
 class AgreedError(PskdError):
     """The same failure, known on every rank: rank 0 prints it, all end with exit code 1."""
+
+
+class DamagedError(PskdError):
+    """A file is missing, cut short or not what it was, so an older one may have to do.
+
+    what: the file and its defect, without what to do about it.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} {remedy}")
+        self.what = what
+        self.remedy = remedy
+
+
+class AgreedDamage(AgreedError):
+    """A `DamagedError` of one rank, known on every rank."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} {remedy}")
+        self.what = what

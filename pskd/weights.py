@@ -42,6 +42,11 @@ def export_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         ) from error
 
 
+def export_bytes(model: nn.Module) -> int:
+    """Size of a file that `export_weights` writes, about."""
+    return sum(tensor.nbytes + 512 for tensor in model.state_dict().values())
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Names and tensors, on the CPU, from what people have at hand.
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
 from pskd import launch
-from pskd.errors import AgreedError, PskdError
+from pskd.errors import AgreedDamage, AgreedError, DamagedError, PskdError
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -58,16 +58,22 @@ class World:
         """Run a block that may fail on some ranks: if it fails on one, it fails on all.
 
         Raises:
-            AgreedError: the message of the lowest rank that failed, on every rank.
+            AgreedDamage: some files are damaged, and nothing else is wrong.
+            AgreedError: the message of the lowest rank that failed otherwise, on every rank.
         """
-        message: str | None = None
+        failure: tuple[str, ...] = ()
         try:
             yield
+        except DamagedError as error:
+            failure = (error.what, error.remedy)
         except (PskdError, OSError) as error:
-            message = str(error)
-        first = next((m for m in self.gather(message) if m is not None), None)
-        if first is not None:
-            raise AgreedError(first)
+            failure = (str(error),)
+        failures = sorted((f for f in self.gather(failure) if f), key=len)  # stable: by rank
+        if not failures:
+            return
+        if len(failures[0]) > 1:
+            raise AgreedDamage(*failures[0])
+        raise AgreedError(*failures[0])
 
 
 def start(timeout_s: int) -> World:
