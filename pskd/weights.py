@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise PskdError(
             f"{file}: no such file. Name an export, a complete run, or a file of weights."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise PskdError(
+            f"{file} holds other things than tensors, numbers and text. It was not executed: name "
+            "a file of weights."
         ) from error
     except Exception as error:  # of a foreign file, torch's unpickler raises anything
         raise PskdError(f"{file} holds no weights that can be read: {error}") from error

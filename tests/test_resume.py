@@ -145,6 +145,30 @@ def test_a_stop_request_is_agreed_saved_and_resumed(tmp_path, undisturbed, to):
     assert_same_run(run_dir, undisturbed(2))
 
 
+def test_a_stop_request_during_the_evaluation_is_noticed_at_the_epochs_end(tmp_path):
+    """Not one step into the next epoch, and whichever rank was asked."""
+    run_dir = tmp_path / "run"
+    job = ForkedJob(run_dir, *FLAGS, "--checkpoint.every_steps=0", "--evaluation.batch_size=1")
+    # What the epoch has predicted is closed right before it is evaluated.
+    job.wait_until((run_dir / "store/gen-000000/manifest.json").exists)
+    job.workers()[1].send_signal(signal.SIGUSR1)
+    job.wait()
+    now = status(run_dir)
+    assert (now["state"], now["epoch"], now["step"]) == ("stopped", 1, 0), job.output()
+    assert [line["epoch"] for line in metrics(run_dir)] == [0]
+    assert (run_dir / "checkpoints/latest").read_text() == "000001-00000000"
+
+
+def test_a_stop_request_during_the_last_evaluation_completes_the_run(tmp_path):
+    run_dir = tmp_path / "run"
+    flags = (*FLAGS, "--train.epochs=1", "--schedule.milestones=[]", "--evaluation.batch_size=1")
+    job = ForkedJob(run_dir, *flags, processes=None)
+    job.wait_until((run_dir / "store/gen-000000/manifest.json").exists)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 0, job.output()
+    assert status(run_dir)["state"] == "complete"
+
+
 def test_a_stopped_process_exits_with_75(tmp_path):
     run_dir = tmp_path / "run"
     job = ForkedJob(run_dir, *FLAGS, processes=None)

@@ -105,11 +105,11 @@ def victims(run_dir, rng):
         try:
             if "RANK" in process.environ():
                 ranks.append(process)
-            elif "torch.distributed.run" in process.cmdline():
+            elif process.cmdline()[1:3] == ["-m", "torch.distributed.run"]:
                 launchers.append(process)
         except psutil.Error:
             continue
-    assert len(ranks) == 2
+    assert (len(ranks), len(launchers)) == (2, 1)
     return rng.choice([[rng.choice(ranks)], ranks, launchers])
 
 
