@@ -4,20 +4,23 @@
     checkpoints/<epoch>-<step>/state.pt      what was registered; loads with weights_only=True
     checkpoints/<epoch>-<step>/manifest.json serial number, store list, sha256 of state.pt
 
-Written aside, fsynced, renamed, `latest` last. <epoch>-<step> is the next step to train.
+Written aside, fsynced, renamed, `latest` last. <epoch>-<step> is the next step to train. What turns
+out to be damaged is set aside as damaged-<epoch>-<step>, and does not count any more.
 """
 
 import io
 import os
+import pickle
+import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from pskd.errors import PskdError
+from pskd.errors import DamagedError, PskdError
 from pskd.files import (
+    VersionError,
     read_manifest,
     sha256_of,
     sync_directory,
@@ -26,6 +29,9 @@ from pskd.files import (
 )
 
 _VERSION = 1
+_NAME = re.compile(r"\d+-\d+")
+_REMEDY = "Name another checkpoint, or start a new run."
+_UNREADABLE = -1  # serial number of a checkpoint whose manifest is damaged
 
 
 class Stateful(Protocol):
@@ -117,12 +123,22 @@ class Checkpoints:
 
     def store_states(self) -> dict[str, dict[str, Any]]:
         """What each checkpoint names of the prediction store, by the checkpoint's name."""
-        return {name: m["store"] for name, m in self._manifests().items() if m["store"]}
+        return {name: m["store"] for name, m in self._manifests().items() if m and m["store"]}
 
     def serial(self) -> int:
         """Of the latest checkpoint; -1 if there is none."""
-        manifest = self._manifests().get(self.latest() or "")
-        return -1 if manifest is None else int(manifest["serial"])
+        return self.serials().get(self.latest() or "", _UNREADABLE)
+
+    def serials(self) -> dict[str, int]:
+        """Of every checkpoint; -1 if its manifest is damaged."""
+        return {
+            name: _UNREADABLE if m is None else int(m["serial"])
+            for name, m in self._manifests().items()
+        }
+
+    def size_bytes(self, position: Position) -> int:
+        """Of all files of a checkpoint."""
+        return sum(p.stat().st_size for p in (self.directory / position.name).iterdir())
 
     def open_aside(self, position: Position, create: bool) -> Path:
         """Where the next checkpoint is put together; other ranks may add files before `save`.
@@ -137,52 +153,105 @@ class Checkpoints:
         return aside
 
     def latest(self) -> str | None:
-        """Name of the newest checkpoint, or None.
+        """Name of the newest checkpoint; None if `latest` is missing or names nothing here.
 
         Raises:
-            PskdError: `latest` cannot be read.
+            OSError: `latest` cannot be read, though it is there.
         """
-        path = self.directory / "latest"
         try:
-            return path.read_text().strip()
-        except FileNotFoundError:
+            name = (self.directory / "latest").read_text().strip()
+        except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
             return None
-        except (OSError, ValueError) as error:
-            raise PskdError(f"{path} cannot be read: {error}. {self._remedy()}") from error
+        whole = _NAME.fullmatch(name) is not None and (self.directory / name).is_dir()
+        return name if whole else None
+
+    def exist(self) -> bool:
+        """Whether there is anything to resume, be it damaged."""
+        return (self.directory / "latest").exists() or bool(self._names())
+
+    def go_on_from(self, name: str, damaged: list[str]) -> None:
+        """`name` has been loaded and is the newest from now on; the damaged ones are set aside.
+
+        What was written after it stays for a while, as older ones do.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        for each in damaged:
+            if (self.directory / each).exists():
+                aside = self.directory / f"damaged-{each}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / each).rename(aside)
+        sync_directory(self.directory)
+        serials = self.serials()
+        if any(serial >= serials[name] for n, serial in serials.items() if n != name):
+            path = self.directory / name / "manifest.json"
+            manifest = read_manifest(path, _VERSION)
+            write_manifest(path, _VERSION, manifest | {"serial": 1 + max(serials.values())})
+        if self.latest() != name:
+            write_atomically(self.directory / "latest", name.encode())
 
     def read(self, name: str) -> tuple[Position, dict[str, Any]]:
         """Verify and read a checkpoint; touches nothing.
 
         Raises:
-            PskdError: missing or damaged; names the file.
+            DamagedError: missing or damaged; names the file.
+            PskdError: of another version, not to be read, or it would execute something.
+        """
+        directory = self.directory / name
+        manifest = self.verify(name)
+        try:
+            state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            # Its sha256 is right, so nothing has damaged it: somebody else wrote it.
+            raise PskdError(
+                f"checkpoint file {directory / 'state.pt'} holds other things than tensors, "
+                f"numbers and text. It was not executed. Who put it there? {_REMEDY}"
+            ) from error
+        return Position(manifest["epoch"], manifest["step"]), state
+
+    def verify(self, name: str) -> dict[str, Any]:
+        """Compare a checkpoint's files with its manifest, and return that.
+
+        Raises:
+            DamagedError: missing or damaged; names the file.
+            PskdError: of another version, or not to be read.
         """
         directory = self.directory / name
         try:
             manifest = read_manifest(directory / "manifest.json", _VERSION)
             for file, digest in manifest["sha256"].items():
                 if sha256_of(directory / file) != digest:
-                    raise PskdError(
-                        f"checkpoint file {directory / file} is damaged (sha256 differs). "
-                        f"{self._remedy(name)}"
+                    raise DamagedError(
+                        f"checkpoint file {directory / file} is damaged (sha256 differs).", _REMEDY
                     )
-            state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+        except (VersionError, PermissionError) as error:
+            raise PskdError(f"checkpoint {directory} cannot be read: {error}. {_REMEDY}") from error
         except (OSError, ValueError) as error:
-            raise PskdError(
-                f"checkpoint {directory} cannot be read: {error}. {self._remedy(name)}"
+            raise DamagedError(
+                f"checkpoint {directory} cannot be read: {error}.", _REMEDY
             ) from error
-        return Position(manifest["epoch"], manifest["step"]), state
+        return manifest
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Hand each registered part its state."""
+    def restore(self, state: dict[str, Any], *names: str) -> None:
+        """Hand each registered part its state; or only the parts of these names."""
         for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+            if not names or name in names:
+                part.load_state_dict(state[name])
 
-    def _manifests(self) -> dict[str, dict[str, Any]]:
-        """Of every checkpoint that has a whole one."""
-        found = {}
-        for path in self.directory.glob("[0-9]*/manifest.json"):
-            with suppress(ValueError):
-                found[path.parent.name] = read_manifest(path, _VERSION)
+    def _names(self) -> list[str]:
+        return [p.name for p in self.directory.glob("[0-9]*") if _NAME.fullmatch(p.name)]
+
+    def _manifests(self) -> dict[str, dict[str, Any] | None]:
+        """Of every checkpoint, None if it is damaged. Those of another version are left out."""
+        found: dict[str, dict[str, Any] | None] = {}
+        for name in self._names():
+            try:
+                found[name] = read_manifest(self.directory / name / "manifest.json", _VERSION)
+            except VersionError:
+                continue
+            except (FileNotFoundError, ValueError):
+                found[name] = None
         return found
 
     def retain(self) -> list[dict[str, Any]]:
@@ -190,12 +259,12 @@ class Checkpoints:
 
         The newest by serial number stay: after a resume from an older one, names go back.
         """
-        manifests = self._manifests()
+        manifests, serials = self._manifests(), self.serials()
         latest = self.latest()
-        by_age = sorted(manifests, key=lambda name: (name == latest, manifests[name]["serial"]))
+        by_age = sorted(manifests, key=lambda name: (name == latest, serials[name]))
         for name in by_age[: -self._keep]:
             self._delete(name)
-        return [manifests[name] for name in by_age[-self._keep :]]
+        return [m for name in by_age[-self._keep :] if (m := manifests[name]) is not None]
 
     def _write(self, position: Position, state: dict[str, Any]) -> list[dict[str, Any]]:
         aside = self._aside(position)
@@ -207,7 +276,7 @@ class Checkpoints:
             torch.save(state, content)
             write_atomically(aside / "state.pt", content.getbuffer())
             manifest = {
-                "serial": 1 + max((m["serial"] for m in self._manifests().values()), default=0),
+                "serial": 1 + max(self.serials().values(), default=0),
                 "epoch": position.epoch,
                 "step": position.step,
                 "store": state.get("store"),
@@ -247,10 +316,3 @@ class Checkpoints:
         if (self.directory / name).exists():
             aside = (self.directory / name).rename(self.directory / f".{name}.old.tmp")
             shutil.rmtree(aside)
-
-    def _remedy(self, name: str | None = None) -> str:
-        others = {n: m["serial"] for n, m in self._manifests().items() if n != name}
-        if not others:
-            return "There is no other checkpoint: start a new run."
-        before = max(others, key=lambda n: others[n])
-        return f"To resume from the one before, write {before} into {self.directory}/latest."

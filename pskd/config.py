@@ -362,12 +362,19 @@ class CheckpointSection:
     """When the state of the run is saved: at every epoch's end, and as said here."""
 
     every_steps: int = output(0, "also every so many optimizer steps of an epoch; 0: never")
+    every_minutes: float = output(0.0, "also so many minutes after the last one; 0: never")
     keep: int = output(2, "how many checkpoints are kept")
     export_every: int = output(0, "also export plain weights every so many epochs; 0: never")
 
     def check(self) -> None:
         """Counts are possible."""
         require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "use 0 or more.")
+        require(
+            self.every_minutes >= 0,
+            "checkpoint.every_minutes",
+            self.every_minutes,
+            "use 0 or more.",
+        )
         require(self.keep >= 1, "checkpoint.keep", self.keep, "use 1 or more.")
         require(
             self.export_every >= 0, "checkpoint.export_every", self.export_every, "use 0 or more."

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 EXIT_COMPLETE = 0
 EXIT_FAILED = 1
@@ -19,20 +20,46 @@ class AgreedError(PskdError):
     """The same failure, known on every rank: rank 0 prints it, all end with exit code 1."""
 
 
+class DamagedError(PskdError):
+    """A file is missing, cut short or not what it was, so an older one may have to do.
+
+    what: the file and its defect, without what to do about it.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} {remedy}")
+        self.what = what
+        self.remedy = remedy
+
+
+class AgreedDamage(AgreedError):
+    """A `DamagedError` of one rank, known on every rank."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} {remedy}")
+        self.what = what
+
+
 @contextmanager
-def together(gather: Callable[[str | None], list[str | None]]) -> Iterator[None]:
+def together(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
     """Run a block that may fail on some ranks: if it fails on one, it fails on all.
 
     gather: every rank's value, in rank order, on every rank.
 
     Raises:
-        AgreedError: the message of the lowest rank that failed, on every rank.
+        AgreedDamage: some files are damaged, and nothing else is wrong.
+        AgreedError: the message of the lowest rank that failed otherwise, on every rank.
     """
-    message: str | None = None
+    failure: tuple[str, ...] = ()
     try:
         yield
+    except DamagedError as error:
+        failure = (error.what, error.remedy)
     except (PskdError, OSError) as error:
-        message = str(error)
-    first = next((m for m in gather(message) if m is not None), None)
-    if first is not None:
-        raise AgreedError(first)
+        failure = (str(error),)
+    failures = sorted((f for f in gather(failure) if f), key=len)  # stable: by rank
+    if not failures:
+        return
+    if len(failures[0]) > 1:
+        raise AgreedDamage(*failures[0])
+    raise AgreedError(*failures[0])

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
+class VersionError(ValueError):
+    """A file of another version of the program: not damaged, but not readable here."""
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace `path` by `content`: written aside, fsynced, renamed, directory fsynced.
 
@@ -52,12 +56,13 @@ def read_manifest(path: Path, version: int) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: another version, or damaged.
+        VersionError: of another version.
+        ValueError: damaged.
     """
     try:
         sealed = json.loads(path.read_text())
         if sealed["version"] != version:
-            raise ValueError(
+            raise VersionError(
                 f"{path} has version {sealed['version']}, this program reads version {version}"
             )
         content: dict[str, Any] = sealed["content"]

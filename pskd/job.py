@@ -8,24 +8,25 @@ from typing import Any
 
 import torch
 
-from pskd import deepspeed_config, launch, mirror, models, run_dir, world
-from pskd.checkpoint import Checkpoints, Position, Stateful
+from pskd import deepspeed_config, disk, launch, models, run_dir, world
+from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.engine import Engine
-from pskd.errors import EXIT_FAILED, AgreedError, PskdError
+from pskd.errors import EXIT_FAILED, AgreedError
 from pskd.failure import understand
 from pskd.fields import TAGS
+from pskd.history import History
 from pskd.loading import AnyCatalog, loader, mixer, preprocessing, samples
 from pskd.methods import registry
-from pskd.methods.interface import Method
 from pskd.order import Plan
+from pskd.restore import Identity, Parts, resume
 from pskd.run_dir import RunDir, Start, Status
 from pskd.sites import Sites
 from pskd.startup import Origin, open_directory, register_start
 from pskd.store.store import Store, StoreOptions
 from pskd.teacher import TrainedNetwork
-from pskd.trainer import History, Trainer
-from pskd.weights import initialise, weights_sha256
+from pskd.trainer import Trainer
+from pskd.weights import export_bytes, initialise, weights_sha256
 from pskd.world import World
 
 log = logging.getLogger("pskd")
@@ -33,29 +34,6 @@ log = logging.getLogger("pskd")
 
 # May differ between nodes:
 _OF_A_NODE = ("data.root", "data.index_path", "data.val_index_path", "run.dir", "run.root")
-
-
-@dataclass
-class Identity:
-    """What a checkpoint was trained on; part of it, and compared on load."""
-
-    data_fingerprint: str
-
-    def state_dict(self) -> dict[str, Any]:
-        """All fields."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another data set.
-
-        Raises:
-            PskdError: the samples differ.
-        """
-        if state["data_fingerprint"] != self.data_fingerprint:
-            raise PskdError(
-                f"the run was trained on other samples (fingerprint {state['data_fingerprint']}, "
-                f"now {self.data_fingerprint}). Bring back the data, or start a new run."
-            )
 
 
 def run(config: Config) -> int:
@@ -192,19 +170,12 @@ def _prepare(
     with here.together():
         if here.rank == 0:
             directory.write_json("preprocessing.json", preprocessing(config.data, catalog))
-    history, identity = History(), Identity(catalog.fingerprint)
+    parts = Parts(Identity(catalog.fingerprint), engine, History(), method, store)
     checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
-    parts: dict[str, Stateful | None] = {
-        "identity": identity,
-        "engine": engine,
-        "history": history,
-        "method": method,
-        "store": store,
-    }
-    for name, part in parts.items():
-        if part is not None:
-            checkpoints.register(name, part)
-    position = _restore(checkpoints, identity, engine, method, store, origin, here, sites)
+    parts.register(checkpoints)
+    position = resume(parts, checkpoints, origin, here, sites)
+    if position.epoch < config.train.epochs:
+        _check_disk(config, parts, directory, here, sites)
     log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
@@ -219,7 +190,7 @@ def _prepare(
         method=method,
         store=store,
         checkpoints=checkpoints,
-        history=history,
+        history=parts.history,
         status=Status(directory, config.train.epochs, start.number) if here.rank == 0 else None,
     )
     return trainer, position
@@ -230,7 +201,7 @@ def _initial(config: Config, num_classes: int, directory: RunDir, here: World) -
     torch.manual_seed(config.train.seed)
     model = models.build(config.model.name, num_classes)
     section = config.model
-    begun = here.broadcast((directory.checkpoints / "latest").exists())
+    begun = here.broadcast(Checkpoints(directory.checkpoints, 1).exist())
     if section.init is not None and not begun:  # else a checkpoint brings the weights
         with here.together():
             initialise(model, section.name, section.init, section.new_head)
@@ -244,62 +215,16 @@ def _initial(config: Config, num_classes: int, directory: RunDir, here: World) -
     return model
 
 
-def _adopt(
-    origin: Origin,
-    checkpoints: Checkpoints,
-    identity: Identity,
-    engine: Engine,
-    method: Method,
-    store: Store | None,
-) -> None:
-    """Make another run's checkpoint the first of this one, if it fits."""
-    directory = origin.checkpoint
-    position, state = Checkpoints(directory.parent, 1).read(directory.name)
-    identity.load_state_dict(state["identity"])
-    engine.check_fits(state["engine"], directory)
-    if store is None:
-        state.pop("store", None)
-    elif "store" in state:
-        state["store"] = store.adopt(origin.run.store, state["store"])
-    else:
-        log.warning("%s has no past predictions: the first targets are one-hot", directory)
-        state["store"] = store.empty_state(position.epoch)
-    if any(change.startswith(("method.name", "method.teacher")) for change in origin.changes):
-        state["method"] = method.state_dict()
-    checkpoints.adopt(directory, state)
-
-
-def _restore(
-    checkpoints: Checkpoints,
-    identity: Identity,
-    engine: Engine,
-    method: Method,
-    store: Store | None,
-    origin: Origin | None,
-    here: World,
-    sites: Sites,
-) -> Position:
-    """Load the newest checkpoint, if there is one: all verify, agree, then load."""
+def _check_disk(config: Config, parts: Parts, directory: RunDir, here: World, sites: Sites) -> None:
+    """Say what the run will need at its peak on each site's disk; refuse if it is not there."""
+    one_export = export_bytes(parts.engine.model)
+    teacher = one_export if "teacher" in parts.method.state_dict() else 0  # None, at first
+    need = disk.need(
+        config,
+        state_bytes=parts.engine.state_bytes() + teacher,
+        generation_bytes=0 if parts.store is None else parts.store.generation_bytes,
+        export_bytes=one_export,
+    )
     with here.together():
         if sites.leads:
-            checkpoints.prepare()
-    with here.together():
-        if here.rank == 0 and origin is not None:
-            _adopt(origin, checkpoints, identity, engine, method, store)
-    mirror.catch_up(checkpoints, sites)
-    with here.together():
-        name = checkpoints.latest()
-    name = here.broadcast(name)  # rank 0's, should a file system show an older one elsewhere
-    if name is None:
-        return Position(0, 0)
-    with here.together():
-        position, state = checkpoints.read(name)
-    if store is not None:
-        store.receive(state["store"])
-    with here.together():
-        checkpoints.restore(state)
-        if store is not None and sites.leads:  # what a kill kept from being deleted
-            store.retain(m["store"] for m in checkpoints.retain())
-    if engine.sharded:
-        engine.load_shards(checkpoints.directory / name)
-    return position
+            log.info("%s", disk.check(directory.path, need))

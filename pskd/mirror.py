@@ -1,7 +1,12 @@
 """Checkpoints on nodes that share no run directory: each keeps those of rank 0."""
 
+import logging
+
 from pskd.checkpoint import Checkpoints, Position
+from pskd.errors import PskdError
 from pskd.sites import Sites
+
+log = logging.getLogger("pskd")
 
 
 def send(checkpoints: Checkpoints, position: Position, source: int, sites: Sites) -> None:
@@ -41,3 +46,25 @@ def catch_up(checkpoints: Checkpoints, sites: Sites) -> None:
         return
     source = next(rank for rank, (serial, _) in enumerate(found) if serial == newest)
     send(checkpoints, Position.of(found[source][1]), source, sites)
+
+
+def repair(checkpoints: Checkpoints, name: str, sites: Sites) -> None:
+    """Collective: every site gets this checkpoint, should its own be lost or damaged.
+
+    Does nothing if it is damaged everywhere: to say so is left to who reads it.
+
+    Raises:
+        AgreedError: as `send`.
+    """
+    if not sites.separate:
+        return
+    whole = False
+    if sites.leads:
+        try:
+            checkpoints.verify(name)
+            whole = True
+        except PskdError as error:
+            log.info("%s", error)
+    found = sites.gather(whole)
+    if any(found) and not all(found[leader] for leader in sites.leaders):
+        send(checkpoints, Position.of(name), found.index(True), sites)

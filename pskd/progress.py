@@ -55,6 +55,14 @@ class Progress:
             )
 
 
+def readable_bytes(count: float) -> str:
+    """In decimal units, for people."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
 def readable(line: dict[str, Any]) -> str:
     """A line of metrics.jsonl for people."""
     alpha = f"alpha {line['alpha']:.2f}, " if "alpha" in line else ""

@@ -119,7 +119,7 @@ def _sees(path: Path, token: str) -> bool:
 
 def _origin(config: Config, directory: RunDir) -> Origin | None:
     """Where this run begins; nowhere else if it has a checkpoint of its own."""
-    if config.run.resume is None or (directory.checkpoints / "latest").exists():
+    if config.run.resume is None or Checkpoints(directory.checkpoints, 1).exist():
         return None
     given = Path(config.run.resume)
     path = given

@@ -5,14 +5,12 @@ Letters: B samples of a step on this rank, C classes.
 
 import logging
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pskd import mirror
 from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.data.interface import Data
@@ -21,11 +19,13 @@ from pskd.engine import Engine
 from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError
 from pskd.guard import Guard, StopRequest
 from pskd.hashing import hash64
+from pskd.history import History
 from pskd.methods.interface import Method, Past
 from pskd.metrics import MEASURES, Accumulator, Records, measures
 from pskd.order import Ids, Plan, Walk, epoch_order
 from pskd.progress import Progress, readable
 from pskd.run_dir import RunDir, Status
+from pskd.saver import Saver
 from pskd.schedule import lr_at
 from pskd.sites import Sites
 from pskd.store.store import Store
@@ -33,30 +33,6 @@ from pskd.weights import export_weights, weights_sha256
 from pskd.world import World
 
 log = logging.getLogger("pskd")
-
-
-@dataclass
-class History:
-    """What has been measured so far; part of every checkpoint.
-
-    lines: of metrics.jsonl. best: the line of lowest top-1 error, the earliest of equals.
-    loss_sum, samples: over the steps of the epoch in progress. absent: ids of images that could
-    not be decoded, of this rank only until they are gathered.
-    """
-
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    loss_sum: float = 0.0
-    samples: int = 0
-    absent: list[int] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All fields."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """All fields."""
-        vars(self).update(state)
 
 
 @dataclass
@@ -97,18 +73,26 @@ class Trainer:
         self._guard = Guard(self.world)
         self._stop = StopRequest()
         self._pending: _Step | None = None
-        self._stopping = False
+        self._stopping = self._due = False
         self._loss = float("nan")
-        self._saved: Position | None = None
+        self.saver = Saver(
+            self.config,
+            self.world,
+            self.sites,
+            self.engine,
+            self.store,
+            self.checkpoints,
+            self.history,
+        )
 
     def run(self, position: Position) -> int:
         """Train from `position` on; returns the exit code."""
         first_step = position.step
-        self._saved = position
         walk = Walk(self.plan, self.config.train.seed, self.config.train.epochs, self.world.rank)
         self.data.begin(walk, *position)
         with self._stop.listening():
             self._begin(position)
+            self.saver.begin(position)
             for epoch in range(position.epoch, self.config.train.epochs):
                 constants = self.method.begin_epoch(epoch, self.config.train.epochs)
                 started = time.monotonic()
@@ -117,6 +101,9 @@ class Trainer:
                 seconds = time.monotonic() - started
                 self._finish_epoch(epoch, constants, self._trained_images(first_step) / seconds)
                 first_step = 0
+                if self._asked_to_stop() and epoch + 1 < self.config.train.epochs:
+                    self._say_stopped(epoch + 1, 0)
+                    return EXIT_STOPPED
             self._complete()
         return EXIT_COMPLETE
 
@@ -132,7 +119,6 @@ class Trainer:
     def _train_epoch(self, epoch: int, first_step: int, constants: dict[str, float]) -> bool:
         """Train the steps of an epoch from `first_step` on; False if asked to stop."""
         order_N = epoch_order(self.config.train.seed, epoch, self.plan.n)
-        every = self.config.checkpoint.every_steps
         self.engine.train()
         if self.store is not None:
             self.store.begin_epoch(epoch)
@@ -141,11 +127,12 @@ class Trainer:
                 trained = self._train_step(order_N, epoch, step)
                 self._settle()
                 self._pending = trained
-                self._guard.submit(self._stop.signal is not None, trained.loss_B.sum())
+                stop, due = self._stop.signal is not None, self.saver.due_by_time()
+                self._guard.submit(stop, due, trained.loss_B.sum())
                 progress.advance(self.plan.batch_size(step), self._loss)
                 self._beat(epoch, step + 1)
                 last = step + 1 == self.plan.steps
-                due = every > 0 and (step + 1) % every == 0 and not last
+                due = not last and (self._due or self.saver.due_by_step(step + 1))
                 if last or due or self._stopping:
                     self._settle()
                 if due or self._stopping:
@@ -197,6 +184,7 @@ class Trainer:
             self._remember(self.store, step.ids_B, step.remember_BC, step.strangers)
         self._loss = verdict.loss
         self._stopping = self._stopping or verdict.stop
+        self._due = self._due or verdict.save
         size = self.plan.batch_size(step.step)
         self.history.loss_sum += verdict.loss * size
         self.history.samples += size
@@ -283,27 +271,12 @@ class Trainer:
             raise AgreedError(f"evaluation after {self._label(epoch)}: {error}") from error
 
     def _save(self, position: Position) -> None:
-        """A checkpoint: the store by every rank, the rest by rank 0 (its buffers count)."""
-        if position == self._saved:
-            return  # asked to stop right after a resume: it is there already
-        self._saved = position
-        with self.world.together():
-            self.engine.check_finite()
-        if self.store is not None:
-            self.store.commit()
-        if self.config.data.on_bad_image == "substitute":  # else there are none
-            ids = {i for absent in self.world.gather(self.history.absent) for i in absent}
-            self.history.absent = sorted(ids)
-        if self.engine.sharded:
-            with self.world.together():
-                aside = self.checkpoints.open_aside(position, create=self.world.rank == 0)
-            self.engine.save_shards(aside)  # collective: must not be inside `together`
-            self.world.gather(None)
-        if self.world.rank == 0:
-            self.checkpoints.save(position)
-        mirror.send(self.checkpoints, position, 0, self.sites)
-        if self.sites.leads and self.store is not None:
-            self.store.retain(m["store"] for m in self.checkpoints.retain())
+        self.saver.save(position)
+        self._due = False
+
+    def _asked_to_stop(self) -> bool:
+        """Between two epochs, where no step's flags tell of a request during the evaluation."""
+        return any(self.world.gather(self._stop.signal is not None))
 
     def _export(self) -> None:
         """Weights for plain torch, as they are after the last epoch in the history."""

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def export_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         ) from error
 
 
+def export_bytes(model: nn.Module) -> int:
+    """Size of a file that `export_weights` writes, about."""
+    return sum(tensor.nbytes + 512 for tensor in model.state_dict().values())
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Names and tensors, on the CPU, from what people have at hand.
 
@@ -65,6 +71,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise PskdError(
             f"{file}: no such file. Name an export, a complete run, or a file of weights."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise PskdError(
+            f"{file} holds other things than tensors, numbers and text. It was not executed: name "
+            "a file of weights."
         ) from error
     except Exception as error:  # of a foreign file, torch's unpickler raises anything
         raise PskdError(f"{file} holds no weights that can be read: {error}") from error

@@ -56,7 +56,8 @@ class World:
         """Run a block that may fail on some ranks: if it fails on one, it fails on all.
 
         Raises:
-            AgreedError: the message of the lowest rank that failed, on every rank.
+            AgreedDamage: some files are damaged, and nothing else is wrong.
+            AgreedError: the message of the lowest rank that failed otherwise, on every rank.
         """
         return together(self.gather)
 

@@ -1,7 +1,9 @@
 """Real launches of train.py: start, kill, wait, and look for what is left behind."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +40,7 @@ class Job:
             options.pop("log_dir", run_dir.parent) / f"{run_dir.name}-{time.monotonic_ns()}.log"
         )
         program = options.pop("program", ROOT / "train.py")
+        command = [*options.pop("prefix", []), *command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -81,6 +84,22 @@ class Job:
     def wait_for_epochs(self, epochs: int) -> None:
         """Until so many lines are in metrics.jsonl."""
         self.wait_until(lambda: len(metrics(self.run_dir)) >= epochs)
+
+
+def cut_back(run_dir: Path, name: str) -> None:
+    """As if the run, which keeps all its checkpoints, had ended with this one."""
+    for checkpoint in (run_dir / "checkpoints").glob("[0-9]*"):
+        if checkpoint.name > name:
+            shutil.rmtree(checkpoint)
+    (run_dir / "checkpoints" / "latest").write_text(name)
+
+
+def wait_for_no_trace(run_dir: Path) -> None:
+    """No process of the run, no lock that is held, nothing half written."""
+    wait_for_no_process(run_dir)
+    with (run_dir / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not list(run_dir.rglob(".*.tmp"))
 
 
 def train(run_dir: Path, *flags: str, processes: int | None = 2, **options: Any) -> Job:

@@ -19,7 +19,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a
 
 
 class SmallDisk:
-    """A file system of 1 MiB, of which a filler file takes as much as a test wants."""
+    """A small file system, of which a filler file takes as much as a test wants."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,6 +32,16 @@ class SmallDisk:
         with self._filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, stat.f_bavail * stat.f_frsize - free_bytes)
 
+    def fill(self) -> None:
+        """Leave nothing, while others write as well."""
+        with self._filler.open("wb", buffering=0) as file:
+            for block_bytes in (1 << 16, 1 << 12):
+                try:
+                    while True:
+                        file.write(bytes(block_bytes))
+                except OSError:
+                    continue
+
     def free_all(self) -> None:
         """Take the filler away."""
         self._filler.unlink()
@@ -42,10 +52,10 @@ class SmallDisk:
 
 
 @contextmanager
-def mounted(path: Path) -> Iterator[SmallDisk]:
+def mounted(path: Path, size: str = "1M") -> Iterator[SmallDisk]:
     """A small disk at `path`, for tests that are marked `needs_root`."""
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
     try:
         yield SmallDisk(path)
     finally:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pskd.checkpoint import Checkpoints, Position
-from pskd.errors import PskdError
+from pskd.errors import DamagedError, PskdError
+from pskd.files import read_manifest, sha256_of, write_manifest
 from tests.system import mounted, needs_root, processes
 
 PAGE_BYTES = 4096
@@ -68,7 +69,7 @@ def name_of(step):
 
 
 def go_back(directory, step):
-    """What the remedy tells the user to do."""
+    """As a user does who wants an older one."""
     (directory / "latest").write_text(name_of(step) + "\n")
 
 
@@ -86,10 +87,10 @@ def saved_steps(directory):
     return sorted(int(p.name.partition("-")[2]) for p in directory.glob("[0-9]*-*"))
 
 
-def refusal(directory, name):
-    with pytest.raises(PskdError) as caught:
+def damage(directory, name):
+    with pytest.raises(DamagedError) as caught:
         Checkpoints(directory, 2).read(name)
-    return str(caught.value)
+    return caught.value.what
 
 
 def files(directory):
@@ -200,7 +201,6 @@ class TestDamage:
         save(directory, 1, 2, part=Part(size=50))
         self.state = directory / name_of(2) / "state.pt"
         self.manifest = directory / name_of(2) / "manifest.json"
-        self.remedy = f"write {name_of(1)} into {directory}/latest"
 
     def test_any_flipped_byte_of_the_state_is_found_and_named(self, directory):
         content = self.state.read_bytes()
@@ -208,37 +208,35 @@ class TestDamage:
         for offset in {0, len(content) - 1, *rng.sample(range(len(content)), 100)}:
             flipped = bytes([content[offset] ^ 1 << rng.randrange(8)])
             self.state.write_bytes(content[:offset] + flipped + content[offset + 1 :])
-            message = refusal(directory, name_of(2))
-            assert f"{self.state} is damaged" in message
-            assert self.remedy in message
+            assert f"{self.state} is damaged" in damage(directory, name_of(2))
 
     def test_a_truncated_state_is_found_and_named(self, directory):
         for size in (self.state.stat().st_size - 1, 100, 0):
             os.truncate(self.state, size)
-            message = refusal(directory, name_of(2))
-            assert f"{self.state} is damaged" in message
-            assert self.remedy in message
+            assert f"{self.state} is damaged" in damage(directory, name_of(2))
 
     @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
     def test_a_missing_file_is_named(self, directory, name):
         path = directory / name_of(2) / name
         path.unlink()
-        message = refusal(directory, name_of(2))
+        message = damage(directory, name_of(2))
         assert str(path) in message
         assert "No such file" in message
-        assert self.remedy in message
 
     @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe", b'{"version": 1}'])
-    def test_an_unreadable_manifest_is_refused_with_the_remedy(self, directory, content):
+    def test_an_unreadable_manifest_is_damage(self, directory, content):
         self.manifest.write_bytes(content)
-        message = refusal(directory, name_of(2))
-        assert str(directory / name_of(2)) in message
-        assert self.remedy in message
+        assert str(directory / name_of(2)) in damage(directory, name_of(2))
 
-    def test_another_version_is_refused_by_name(self, directory):
+    def test_another_version_is_no_damage_and_refused_by_name(self, directory):
+        """A newer program's checkpoint must not be passed over, let alone set aside."""
         manifest = json.loads(self.manifest.read_text())
         self.manifest.write_text(json.dumps(manifest | {"version": 2}))
-        assert "has version 2, this program reads version 1" in refusal(directory, name_of(2))
+        with pytest.raises(PskdError, match="has version 2, this program reads version 1") as e:
+            Checkpoints(directory, 2).read(name_of(2))
+        assert not isinstance(e.value, DamagedError)
+        save(directory, 3, 4, keep=1)
+        assert saved_steps(directory) == [2, 4]
 
     def test_any_flipped_byte_of_the_manifest_is_found_or_harmless(self, directory):
         content = self.manifest.read_bytes()
@@ -250,24 +248,79 @@ class TestDamage:
             except PskdError as error:
                 assert str(directory / name_of(2)) in str(error)
 
-    def test_the_last_checkpoint_damaged_leaves_a_new_run(self, directory):
-        shutil.rmtree(directory / name_of(1))
-        self.manifest.unlink()
-        assert "no other checkpoint: start a new run" in refusal(directory, name_of(2))
-
-    @pytest.mark.parametrize("content", [b"000000-00000009", b"", b"\0", b"gen\n"])
-    def test_a_latest_that_names_no_checkpoint_is_refused_with_the_remedy(self, directory, content):
-        (directory / "latest").write_bytes(content)
-        name = Checkpoints(directory, 2).latest()
-        assert f"write {name_of(2)} into {directory}/latest" in refusal(directory, name)
-
-    @pytest.mark.parametrize("what", ["bytes", "directory"])
-    def test_a_latest_that_cannot_be_read_is_refused_by_name(self, directory, what):
+    @pytest.mark.parametrize(
+        "content", [b"000000-00000009", b"", b"\0", b"gen\n", b"\xff\xfe", b"../x", None]
+    )
+    def test_a_latest_that_names_no_checkpoint_is_as_good_as_none(self, directory, content):
         path = directory / "latest"
         path.unlink()
-        path.mkdir() if what == "directory" else path.write_bytes(b"\xff\xfe")
-        with pytest.raises(PskdError, match=str(path)):
-            Checkpoints(directory, 2).latest()
+        path.mkdir() if content is None else path.write_bytes(content)
+        checkpoints = Checkpoints(directory, 2)
+        assert checkpoints.latest() is None
+        assert checkpoints.exist()
+        assert checkpoints.serials() == {name_of(1): 1, name_of(2): 2}
+
+    def test_a_checkpoint_without_a_whole_manifest_is_the_oldest(self, directory):
+        self.manifest.write_bytes(b"{")
+        assert Checkpoints(directory, 2).serials() == {name_of(1): 1, name_of(2): -1}
+        go_back(directory, 1)
+        assert save(directory, 3) == [[1, 3]]
+        assert saved_steps(directory) == [1, 3]
+
+
+class TestGoingBack:
+    def test_what_training_goes_on_from_outlives_what_was_written_after_it(self, directory):
+        save(directory, 10, 20, 30, keep=3)
+        open_with(directory, Part(), keep=3).go_on_from(name_of(10), [])
+        assert latest_step(directory) == 10
+        assert save(directory, 15) == [[10, 15]]
+        assert save(directory, 20) == [[15, 20]]
+
+    def test_damaged_ones_are_set_aside_and_never_counted(self, directory):
+        save(directory, 10, 20, 30, keep=3)
+        for _ in range(2):  # the second time there is one aside already
+            open_with(directory, Part()).go_on_from(name_of(10), [name_of(30), name_of(20)])
+            assert saved_steps(directory) == [10]
+            assert latest_step(directory) == 10
+            aside = {p.name for p in directory.glob("damaged-*")}
+            assert aside == {f"damaged-{name_of(20)}", f"damaged-{name_of(30)}"}
+            assert save(directory, 20, 30, keep=3) == [[10, 20], [10, 20, 30]]
+
+    def test_the_newest_stays_as_it_is(self, directory):
+        save(directory, 1, 2)
+        before = files(directory)
+        open_with(directory, Part()).go_on_from(name_of(2), [])
+        assert files(directory) == before
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def plant(directory, name, state):
+    """Replace a checkpoint's state; its manifest vouches for it."""
+    torch.save(state, directory / name / "state.pt")
+    path = directory / name / "manifest.json"
+    manifest = read_manifest(path, 1)
+    sha256 = manifest["sha256"] | {"state.pt": sha256_of(directory / name / "state.pt")}
+    write_manifest(path, 1, manifest | {"sha256": sha256})
+
+
+def test_a_pickle_that_would_execute_something_is_refused(directory, tmp_path):
+    save(directory, 1, 2)
+    plant(directory, name_of(2), {"part": Evil(tmp_path / "executed")})
+    with pytest.raises(PskdError, match=r"state.pt holds other things.*not executed") as caught:
+        Checkpoints(directory, 2).read(name_of(2))
+    assert not isinstance(caught.value, DamagedError), "nobody should go on as if it were"
+    assert not (tmp_path / "executed").exists()
+    torch.load(directory / name_of(2) / "state.pt", weights_only=False)
+    assert (tmp_path / "executed").exists(), "it was a live one"
 
 
 class TestHalfDone:

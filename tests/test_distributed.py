@@ -14,8 +14,9 @@ from pskd.data import digits
 from pskd.data.arrays import ArrayData
 from pskd.data.mix import Erasing, Mixer, Mixing
 from pskd.engine import Engine
-from pskd.errors import PskdError
+from pskd.errors import AgreedDamage, AgreedError, DamagedError, PskdError
 from pskd.guard import Guard
+from pskd.history import History
 from pskd.methods import registry
 from pskd.metrics import MEASURES, summarize
 from pskd.order import Plan, epoch_order
@@ -23,7 +24,7 @@ from pskd.run_dir import RunDir
 from pskd.sites import Sites
 from pskd.store import open_generation
 from pskd.store.store import Store, StoreOptions
-from pskd.trainer import History, Trainer
+from pskd.trainer import Trainer
 from pskd.weights import weights_sha256
 from pskd.world import World
 
@@ -116,7 +117,7 @@ def steps_of(
     trainer.engine.train()
     for step in range(trainer.plan.steps):
         trained = trainer._train_step(order_N, 0, step)
-        guard.submit(False, trained.loss_B.sum())
+        guard.submit(False, False, trained.loss_B.sum())
         losses.append(guard.read().loss)
         flat = torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()])
         weights.append(flat.tolist())
@@ -280,20 +281,22 @@ def test_every_so_many_epochs_are_evaluated_and_the_last(pool, tmp_path, every, 
     assert pool(2).run(evaluated_epochs, every, str(tmp_path)) == [expected] * 2
 
 
-def stop_and_loss(world: World, stopping: int, losses: list[float]) -> list[tuple]:
-    """The verdict of a step in which one rank was asked to stop."""
+def verdict(world: World, stopping: int, saving: int, losses: list[float]) -> dict:
+    """Of a step in which one rank was asked to stop, and one found that it is time to save."""
     guard = Guard(world)
-    guard.submit(world.rank == stopping, torch.tensor(losses[world.rank]))
-    return list(guard.read())
+    loss = torch.tensor(losses[world.rank])
+    guard.submit(world.rank == stopping, world.rank == saving, loss)
+    return guard.read()._asdict()
 
 
-def test_all_ranks_learn_of_a_stop_request_and_of_a_bad_loss(pool):
-    assert pool(2).run(stop_and_loss, 1, [1.0, 2.0]) == [[True, False, 1.5]] * 2
-    assert pool(2).run(stop_and_loss, -1, [1.0, 2.0]) == [[False, False, 1.5]] * 2
-    for stop, bad, _ in pool(2).run(stop_and_loss, -1, [1.0, float("nan")]):
-        assert not stop and bad
-    for _, bad, _ in pool(2).run(stop_and_loss, -1, [float("-inf"), float("inf")]):
-        assert bad
+def test_all_ranks_learn_of_requests_and_of_a_bad_loss(pool):
+    for stopping, saving in ((1, -1), (-1, 0), (0, 0), (-1, -1)):
+        for found in pool(2).run(verdict, stopping, saving, [1.0, 2.0]):
+            asked = {"stop": stopping >= 0, "save": saving >= 0}
+            assert found == {**asked, "bad": False, "loss": 1.5}
+    for losses in ([1.0, float("nan")], [float("-inf"), float("inf")]):
+        for found in pool(2).run(verdict, -1, -1, losses):
+            assert found["bad"] and not found["stop"] and not found["save"]
 
 
 def compare_configurations(world: World, flag: str) -> str:
@@ -347,3 +350,24 @@ def fail_on(world: World, failing: list[int]) -> str:
 def test_what_fails_on_one_rank_fails_on_all_with_one_message(pool):
     assert pool(3).run(fail_on, [1, 2]) == ["AgreedError: told by rank 1"] * 3
     assert pool(3).run(fail_on, []) == ["fine"] * 3
+
+
+def damaged_on(world: World, damaged: list[int], failing: list[int]) -> tuple[str, str]:
+    """What a rank hears when some ranks find damage, and others another failure."""
+    try:
+        with world.together():
+            if world.rank in damaged:
+                raise DamagedError(f"file of rank {world.rank}.", "Mend it.")
+            if world.rank in failing:
+                raise PskdError(f"told by rank {world.rank}")
+    except AgreedDamage as damage:
+        return damage.what, str(damage)
+    except AgreedError as error:
+        return "no damage", str(error)
+    return "fine", ""
+
+
+def test_damage_is_told_apart_from_other_failures_which_come_first(pool):
+    damage = ("file of rank 1.", "file of rank 1. Mend it.")
+    assert pool(3).run(damaged_on, [1, 2], []) == [damage] * 3
+    assert pool(3).run(damaged_on, [0, 1], [2]) == [("no damage", "told by rank 2")] * 3

@@ -5,13 +5,14 @@ import re
 import resource
 import signal
 import time
-from pathlib import Path
 
 import pytest
+import torch
 
 from tests import forked
 from tests.forked import ForkedJob
 from tests.launches import ROOT, Job, kill, metrics, processes_of, result, status, train
+from tests.test_checkpoint import Evil, plant
 
 # One thread: on a busy machine, threads of one process wait for each other most of the time.
 LONG = ("--recipe=digits-pskd", "--run.threads=1")
@@ -135,7 +136,7 @@ def test_a_stalled_peer_fails_the_run_after_the_timeout(tmp_path):
     assert job.wait() != 0
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
     run_dir = tmp_path / "run"
     assert forked.train(run_dir, *BRIEF, processes=None).process.returncode == 0
     hash_before = result(run_dir)["weights_sha256"]
@@ -144,12 +145,31 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path):
     damaged[len(damaged) // 2] ^= 1
     state.write_bytes(damaged)
     again = forked.train(run_dir, *BRIEF, processes=None)
-    assert_refused(again, str(state), "sha256 differs", "checkpoints/latest")
-    remedy = re.search(r"write (\S+) into (\S+latest)", again.output())
-    assert remedy is not None
-    Path(remedy[2]).write_text(remedy[1])
-    assert forked.train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    assert again.process.returncode == 0, again.output()
+    assert f"{state} is damaged (sha256 differs)" in again.output()
+    assert "going back to checkpoint 000001-00000000" in again.output()
     assert result(run_dir)["weights_sha256"] == hash_before
+
+
+def test_a_pickle_in_a_checkpoint_is_never_executed(tmp_path):
+    """Whoever can write into a run directory can vouch for a file, but not make it run."""
+    run_dir, proof = tmp_path / "run", tmp_path / "executed"
+    assert forked.train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    name = (run_dir / "checkpoints/latest").read_text()
+    plant(run_dir / "checkpoints", name, {"engine": Evil(proof)})
+    state = run_dir / "checkpoints" / name / "state.pt"
+    taught = (f"--method.teacher={run_dir}/checkpoints/{name}", "--method.name=tfkd_self")
+    for path, flags in (
+        (run_dir, ()),
+        (tmp_path / "new", (*BRIEF, "--resume", run_dir)),
+        (tmp_path / "taught", (*BRIEF, *taught)),
+    ):
+        job = forked.train(path, *flags, processes=None)
+        assert_refused(job, str(state), "not executed")
+        assert "weights_only" not in job.output(), "torch's own advice would execute it"
+        assert not proof.exists()
+    torch.load(state, weights_only=False)
+    assert proof.exists(), "it was a live one"
 
 
 @pytest.mark.slow

@@ -30,13 +30,14 @@ from pskd.data.mix import (
 )
 from pskd.data.views import PEER, SameClass
 from pskd.engine import Engine
+from pskd.history import History
 from pskd.methods import registry
 from pskd.order import Plan, Walk
 from pskd.run_dir import RunDir
 from pskd.sites import Sites
 from pskd.store import open_generation
 from pskd.store.store import Store, StoreOptions
-from pskd.trainer import History, Trainer
+from pskd.trainer import Trainer
 from tests.photos import make_folder
 
 CPU = torch.device("cpu")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pskd import models
-from pskd.store import open_generation
 from pskd.weights import weights_sha256
 from tests import forked
 from tests.forked import ForkedJob
@@ -146,18 +145,28 @@ def test_a_stop_request_is_agreed_saved_and_resumed(tmp_path, undisturbed, to):
     assert_same_run(run_dir, undisturbed(2))
 
 
-def test_begun_on_two_ranks_and_ended_on_one(tmp_path):
+def test_a_stop_request_during_the_evaluation_is_noticed_at_the_epochs_end(tmp_path):
+    """Not one step into the next epoch, and whichever rank was asked."""
     run_dir = tmp_path / "run"
-    job = ForkedJob(run_dir, *FLAGS)
-    job.wait_for_epochs(2)
-    job.workers()[0].send_signal(signal.SIGTERM)
+    job = ForkedJob(run_dir, *FLAGS, "--checkpoint.every_steps=0", "--evaluation.batch_size=1")
+    # What the epoch has predicted is closed right before it is evaluated.
+    job.wait_until((run_dir / "store/gen-000000/manifest.json").exists)
+    job.workers()[1].send_signal(signal.SIGUSR1)
     job.wait()
-    again = forked.train(run_dir, processes=None)
-    assert again.process.returncode == 0, again.output()
-    assert "world was 2, now 1" in again.output()  # BatchNorm sees other batches: not to the bit
-    assert [line["epoch"] for line in metrics(run_dir)] == list(range(EPOCHS))
-    rows = open_generation(run_dir / "store" / f"gen-{EPOCHS - 1:06d}")[range(SAMPLES)]
-    assert torch.allclose(rows.sum(dim=1), torch.ones(SAMPLES))
+    now = status(run_dir)
+    assert (now["state"], now["epoch"], now["step"]) == ("stopped", 1, 0), job.output()
+    assert [line["epoch"] for line in metrics(run_dir)] == [0]
+    assert (run_dir / "checkpoints/latest").read_text() == "000001-00000000"
+
+
+def test_a_stop_request_during_the_last_evaluation_completes_the_run(tmp_path):
+    run_dir = tmp_path / "run"
+    flags = (*FLAGS, "--train.epochs=1", "--schedule.milestones=[]", "--evaluation.batch_size=1")
+    job = ForkedJob(run_dir, *flags, processes=None)
+    job.wait_until((run_dir / "store/gen-000000/manifest.json").exists)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 0, job.output()
+    assert status(run_dir)["state"] == "complete"
 
 
 def test_a_stopped_process_exits_with_75(tmp_path):
@@ -192,12 +201,3 @@ def test_every_engine_is_killed_and_ends_with_the_same_bits(tmp_path, engine):
     assert again.process.returncode == 0, f"seed {seed}\n{again.output()}"
     assert "resuming" in again.output()
     assert_same_run(run_dir, tmp_path / "reference")
-
-
-def test_zero_shards_are_resumed_by_as_many_ranks_only(tmp_path):
-    run_dir = tmp_path / "run"
-    flags = ("--recipe=digits-pskd", "--train.epochs=1", "--schedule.milestones=[]")
-    assert forked.train(run_dir, *flags, "--deepspeed_config", "fp32-zero1").process.returncode == 0
-    job = forked.train(run_dir, processes=None)
-    assert job.process.returncode == 1
-    assert "shards of 2 ranks, this job has 1. Start 2 ranks" in job.output()

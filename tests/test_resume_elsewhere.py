@@ -18,7 +18,7 @@ import pytest
 
 from pskd.store import open_generation
 from tests.forked import ForkedJob
-from tests.launches import metrics, result, status, train
+from tests.launches import cut_back, metrics, result, status, train
 
 SAMPLES, EPOCHS = 512, 3
 FLAGS = (
@@ -100,10 +100,7 @@ def source(finished):
 def stopped(finished, tmp_path):
     """A copy of the run, as if it had ended at MIDDLE."""
     run_dir = shutil.copytree(finished, tmp_path / "stopped")
-    for checkpoint in (run_dir / "checkpoints").glob("[0-9]*"):
-        if checkpoint.name > MIDDLE:
-            shutil.rmtree(checkpoint)
-    (run_dir / "checkpoints" / "latest").write_text(MIDDLE)
+    cut_back(run_dir, MIDDLE)
     return run_dir
 
 

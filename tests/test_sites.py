@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from pskd import mirror, sites
 from pskd.checkpoint import Checkpoints, Position
-from pskd.errors import AgreedError
+from pskd.errors import AgreedError, DamagedError
 from pskd.order import partition
 from pskd.sites import Sites, discover
 from pskd.store import open_generation
@@ -504,6 +504,47 @@ class TestDiscovery:
         assert "--run.dir" in answers[0]
 
 
+class Content:
+    """A part of a checkpoint."""
+
+    def state_dict(self):
+        return {"values": torch.arange(10_000)}
+
+
+def repaired(world, leaders, root, damage):
+    """Both sites have a checkpoint; it is damaged on some, then repaired. Who can read it?"""
+    here, directory = Sites(world, leaders), root / f"site-{leaders[world.rank]}" / "checkpoints"
+    checkpoints, position = Checkpoints(directory, 2), Position(0, 3)
+    checkpoints.register("part", Content())
+    if here.leads:
+        directory.parent.mkdir()
+        checkpoints.prepare()
+        checkpoints.save(position)
+    how = damage.get(world.rank)
+    if how == "lost":
+        shutil.rmtree(directory / position.name)
+    elif how is not None:
+        os.truncate(directory / position.name / how, 700)
+    mirror.repair(checkpoints, position.name, here)
+    world.gather(None)
+    try:
+        return checkpoints.latest(), len(checkpoints.read(position.name)[1]["part"]["values"])
+    except DamagedError:
+        return "damaged"
+
+
+class TestDamagedCheckpoint:
+    @pytest.mark.parametrize("how", ["state.pt", "manifest.json", "lost"])
+    @pytest.mark.parametrize("site", [0, 2])
+    def test_a_site_gets_what_another_one_has_whole(self, pool, tmp_path, site, how):
+        answers = pool(4).run(repaired, [0, 0, 2, 2], tmp_path, {site: how})
+        assert answers == [(Position(0, 3).name, 10_000)] * 4
+
+    def test_what_is_damaged_everywhere_stays_so(self, pool, tmp_path):
+        answers = pool(2).run(repaired, [0, 1], tmp_path, {0: "state.pt", 1: "manifest.json"})
+        assert answers == ["damaged"] * 2
+
+
 FLAGS = (
     "--recipe=digits-pskd",
     "--run.threads=1",
@@ -632,3 +673,18 @@ class TestNodes:
         assert contents(job.disks[0]) == contents(job.disks[1])
         assert [line["epoch"] for line in metrics(job.disks[0])] == [0, 1, 2]
         assert len(json.loads((job.disks[0] / "env.json").read_text())) == 2
+
+    @pytest.mark.slow
+    def test_a_damaged_file_is_mended_from_the_other_node(self, nodes, reference):
+        """Nothing is trained again: the newest checkpoint is whole on one of the disks."""
+        job = nodes(*FLAGS)
+        newest = "checkpoints/000001-00000007"
+        job.wait_until((job.disks[1] / newest / "state.pt").exists)
+        job.kill()
+        newest = "checkpoints/" + (job.disks[1] / "checkpoints/latest").read_text()
+        os.truncate(job.disks[1] / newest / "state.pt", 1000)
+        again = nodes(*FLAGS)
+        assert again.wait() == [0, 0], again.output()
+        assert "going back" not in again.output()
+        assert result(job.disks[0])["weights_sha256"] == result(reference)["weights_sha256"]
+        assert contents(job.disks[0]) == contents(job.disks[1])

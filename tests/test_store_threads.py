@@ -207,6 +207,33 @@ class TestWriting:
         assert chunk == 3 * (96 + 8 * 32), "three chunks of 8 rows, no room beyond"
 
 
+def test_a_start_gives_back_the_room_that_a_killed_one_had_reserved(tmp_path):
+    """Many kills within an epoch would each keep room for the rest of it."""
+    rows, seen = probabilities(0), []
+    state = new_store(tmp_path).empty_state(0)
+    for start in range(4):
+        store = new_store(tmp_path, start=start)
+        store.load_state_dict(state)
+        store.begin_epoch(0)
+        ids = np.arange(8) + 8 * start
+        store.remember(ids, rows[ids])
+        store.commit()
+        state = store.state_dict()
+        store.remember(ids, rows[ids])  # not named by the checkpoint, but not cut in two either
+        store.commit()
+        seen += ids.tolist()
+        killed = sorted(tmp_path.glob("gen-*/seg-*"))
+        assert killed[-1].stat().st_size > HEADER_BYTES + 2 * (96 + 8 * 32), "room is reserved"
+        sizes = {path.stat().st_size for path in killed[:-1]}
+        assert sizes <= {HEADER_BYTES + 2 * (96 + 8 * 32)}
+    again = new_store(tmp_path, start=4)
+    again.load_state_dict(state)
+    again.begin_epoch(0)
+    again.begin_epoch(1)
+    assert torch.equal(again.past(np.array(seen))[0], rows[seen])
+    again.close()
+
+
 @needs_root
 class TestFullDisk:
     def test_what_fails_behind_training_is_said_at_a_later_call(self, tmp_path):

@@ -42,6 +42,10 @@ class FormatError(Exception):
     """The bytes are not what the format says; the message names what differs."""
 
 
+class VersionError(FormatError):
+    """Whole, but of another version of the program."""
+
+
 class Entry(NamedTuple):
     """The first `rows` rows of a segment; `crc` chains the crcs of their chunks."""
 
@@ -87,14 +91,15 @@ def parse_header(head: bytes) -> Header:
     """Read and check a header.
 
     Raises:
-        FormatError: too short, not a segment, another version, or damaged.
+        VersionError: of another version.
+        FormatError: too short, not a segment, or damaged.
     """
     if len(head) < HEADER_BYTES:
         raise FormatError(f"only {len(head)} of {HEADER_BYTES} header bytes")
     if head[:7] != _MAGIC[:7]:
         raise FormatError("not a PSKD segment (magic differs)")
     if head[7] != VERSION:
-        raise FormatError(f"format version {head[7]}, this program reads version {VERSION}")
+        raise VersionError(f"format version {head[7]}, this program reads version {VERSION}")
     length, crc = _LENGTHS.unpack_from(head, len(_MAGIC))
     text = head[16 : 16 + length]
     if length == 0 or zlib.crc32(text) != crc:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pskd import files
-from pskd.errors import PskdError
+from pskd.errors import DamagedError, PskdError
 from pskd.order import Ids
 from pskd.store.encoding import Encoding
 from pskd.store.format import VERSION, Entry
 from pskd.store.registry import create_encoding
-from pskd.store.segment import Bytes, SegmentReader, explain
+from pskd.store.segment import REMEDY, Bytes, SegmentReader, explain
 
 MANIFEST = "manifest.json"
 _PREADS = 8  # at a time, where rows are not read through the mapping
@@ -54,7 +54,9 @@ class Generation:
             expect(segment, "encoding", self.segments[0].header.encoding, segment.header.encoding)
             for ids_B, units_B in segment.ids_and_units():
                 if ids_B.min() < 0 or ids_B.max() >= n:
-                    raise PskdError(f"prediction store: {segment.path}: ids outside 0..{n - 1}.")
+                    raise DamagedError(
+                        f"prediction store: {segment.path}: ids outside 0..{n - 1}.", REMEDY
+                    )
                 self._segment_N[ids_B] = index  # the last of several rows with one id wins
                 self._unit_N[ids_B] = units_B
         self._encoding: Encoding | None = None

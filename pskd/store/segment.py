@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pskd.errors import PskdError
+from pskd.errors import DamagedError, PskdError
 from pskd.files import sync_directory
 from pskd.order import Ids
 from pskd.store import format as fmt
@@ -159,7 +159,8 @@ class SegmentReader:
         """Open and index.
 
         Raises:
-            PskdError: missing, truncated or damaged; the message names file and defect.
+            DamagedError: missing, truncated or damaged; the message names file and defect.
+            PskdError: it may not be read, or is of another version.
         """
         self.path = path
         try:
@@ -169,10 +170,13 @@ class SegmentReader:
             self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
             # Checked before any access: touching a page beyond the end is a SIGBUS.
             self._chunks = self._scan(entry, len(self._map))
+        except (PermissionError, fmt.VersionError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise PskdError(f"prediction store: {path}: {why}. {REMEDY}") from error
         except OSError as error:
-            raise PskdError(f"prediction store: {path}: {error.strerror}. {_REMEDY}") from error
+            raise DamagedError(f"prediction store: {path}: {error.strerror}.", REMEDY) from error
         except fmt.FormatError as error:
-            raise PskdError(f"prediction store: {path}: {error}. {_REMEDY}") from error
+            raise DamagedError(f"prediction store: {path}: {error}.", REMEDY) from error
         # Small reads in random order: without it each would read megabytes around its place.
         self._map.madvise(mmap.MADV_RANDOM)
         self._stride = self.header.stride
@@ -220,9 +224,7 @@ class SegmentReader:
             for unit, row_R in zip(units_B.tolist(), out_BR, strict=True):
                 os.preadv(self._file.fileno(), [row_R], fmt.HEADER_BYTES + unit * self._stride)
         except OSError as error:
-            raise PskdError(
-                f"prediction store: {self.path}: {error.strerror}. {_REMEDY}"
-            ) from error
+            raise PskdError(f"prediction store: {self.path}: {error.strerror}. {REMEDY}") from error
 
     def warm_up(self, limit_bytes: int, stop: Callable[[], bool]) -> int:
         """Read from front to back, into the page cache, until told to stop; returns the bytes."""
@@ -238,16 +240,17 @@ class SegmentReader:
         """Compare every chunk with its crc.
 
         Raises:
-            PskdError: names the file and the first row of the damaged chunk.
+            DamagedError: names the file and the rows of the damaged chunk.
         """
         row = 0
         for first_unit, rows, crc in self._chunks:
             last = first_unit + fmt.chunk_units(rows, self._stride)
             chunk = self._units_US[first_unit:last].reshape(-1).data
             if zlib.crc32(chunk[fmt.CRC_FROM :]) != crc:
-                raise PskdError(
+                raise DamagedError(
                     f"prediction store: {self.path}: rows {row} to {row + rows - 1} are damaged "
-                    f"(crc differs). {_REMEDY}"
+                    "(crc differs).",
+                    REMEDY,
                 )
             row += rows
 
@@ -276,9 +279,31 @@ class SegmentReader:
             self._map.madvise(mmap.MADV_WILLNEED, page, start + self._stride - page)
 
 
+def give_back_room(path: Path) -> None:
+    """Cut off what a killed writer had reserved beyond its last chunk; no chunk is touched.
+
+    Raises:
+        PskdError: the file cannot be written.
+    """
+    try:
+        with path.open("r+b", buffering=0) as file:
+            stride = fmt.parse_header(file.read(fmt.HEADER_BYTES)).stride
+            size, end = path.stat().st_size, fmt.HEADER_BYTES
+            while end < size:
+                try:
+                    rows, _ = fmt.parse_prefix(os.pread(file.fileno(), fmt.PREFIX.size, end))
+                except fmt.FormatError:
+                    break
+                end += fmt.chunk_units(rows, stride) * stride
+            if end < size:
+                os.ftruncate(file.fileno(), end)
+    except OSError as error:
+        raise explain(error, path) from error
+
+
 _WARM_S_PER_ROW = 4e-6  # a row of 2 kB comes from memory in 0.4 us, from a disk in 50 us or more
 _BLOCK_BYTES = 1 << 23
-_REMEDY = "Resume from an older checkpoint (see DIR/checkpoints), or start a new run."
+REMEDY = "Resume from an older checkpoint (see DIR/checkpoints), or start a new run."
 
 
 def explain(error: OSError, path: Path) -> PskdError:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pskd.errors import PskdError
 from pskd.order import Ids, partition
 from pskd.store.appender import Appender
-from pskd.store.format import Entry, Header
+from pskd.store.format import Entry, Header, room_bytes, stride_of
 from pskd.store.generation import (
     MANIFEST,
     Generation,
@@ -30,7 +30,7 @@ from pskd.store.generation import (
 from pskd.store.lookahead import Lookahead
 from pskd.store.peers import Peers
 from pskd.store.registry import create_encoding
-from pskd.store.segment import SegmentReader, SegmentWriter, explain
+from pskd.store.segment import SegmentReader, SegmentWriter, explain, give_back_room
 from pskd.store.waits import Waits
 
 _CARRIED_ROWS = 4096  # carried forward at a time
@@ -100,6 +100,12 @@ class Store:
     def epoch(self) -> int:
         """Of the growing generation."""
         return self._epoch
+
+    @property
+    def generation_bytes(self) -> int:
+        """What a generation takes on the disk, by as many ranks as there are now."""
+        rows = -(-self._n // self._peers.size)
+        return self._peers.size * room_bytes(rows, stride_of(self._row_bytes))
 
     def begin_epoch(self, epoch: int) -> None:
         """Make generation epoch - 1 readable and start generation `epoch`.
@@ -188,7 +194,7 @@ class Store:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what a checkpoint names; every named row is verified, shared over ranks.
 
-        Not collective.
+        Not collective. May be called again, with an older checkpoint, if it fails.
 
         Raises:
             PskdError: missing, damaged or foreign segments.
@@ -200,6 +206,9 @@ class Store:
         self._growing = list(self._inherited)
         for entries in (self._finished, self._growing):
             self._open(entries).verify(*self._share())
+        if self._share()[0] == 0:
+            for name in {e.segment for e in (*self._finished, *self._inherited)}:
+                give_back_room(self._directory / name)
         manifest = self._directory / generation_name(self._epoch - 1) / MANIFEST
         if self._finished and self._share()[0] == 0 and not manifest.exists():
             # Its segments were brought here from another run or node.

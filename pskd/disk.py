@@ -1,0 +1,84 @@
+"""Whether the disk has room for what a run will keep there at its peak."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pskd.config import Config
+from pskd.errors import PskdError
+from pskd.progress import readable_bytes
+
+_KEPT_IN = ("checkpoints/[0-9]*/*", "store/gen-*/*", "models/*")
+_LINE_BYTES = 512  # of the history, an epoch
+
+
+@dataclass(frozen=True)
+class Need:
+    """What lies on the disk at once, at most; sizes are those of one, in bytes."""
+
+    checkpoints: int
+    checkpoint_bytes: int
+    generations: int
+    generation_bytes: int
+    exports: int
+    export_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all together."""
+        return (
+            self.checkpoints * self.checkpoint_bytes
+            + self.generations * self.generation_bytes
+            + self.exports * self.export_bytes
+        )
+
+    def __str__(self) -> str:
+        """For people."""
+        parts = [
+            f"{count} {what} of {readable_bytes(size)}"
+            for count, what, size in (
+                (self.checkpoints, "checkpoints", self.checkpoint_bytes),
+                (self.generations, "generations of predictions", self.generation_bytes),
+                (self.exports, "exports", self.export_bytes),
+            )
+            if count and size
+        ]
+        return f"{readable_bytes(self.total_bytes)} ({', '.join(parts)})"
+
+
+def need(config: Config, state_bytes: int, generation_bytes: int, export_bytes: int) -> Need:
+    """Of a run from its first epoch to its last.
+
+    While a checkpoint is written, `keep` older ones are there. The oldest of them names the
+    generation before its epoch, the newest at most `keep` - 1 epochs later; and one grows.
+    """
+    epochs, section = config.train.epochs, config.checkpoint
+    every = section.export_every or epochs
+    exports = {epochs, *range(every, epochs + 1, every)}
+    return Need(
+        checkpoints=section.keep + 1,
+        checkpoint_bytes=state_bytes + _LINE_BYTES * epochs,
+        generations=min(section.keep + 1, epochs) if generation_bytes else 0,
+        generation_bytes=generation_bytes,
+        exports=len(exports) + 2,  # the best, and the one that is being written
+        export_bytes=export_bytes,
+    )
+
+
+def check(run_dir: Path, need: Need) -> str:
+    """Compare the need with what is free and what the run already holds; a line for the log.
+
+    Raises:
+        PskdError: it does not fit.
+    """
+    stat = os.statvfs(run_dir)
+    free = stat.f_bavail * stat.f_frsize
+    held = sum(p.stat().st_blocks * 512 for part in _KEPT_IN for p in run_dir.glob(part))
+    have = f"{readable_bytes(free)} are free and {readable_bytes(held)} held by the run"
+    if need.total_bytes > free + held:
+        raise PskdError(
+            f"run directory {run_dir} will need {need} at its peak, but {have}. Free some space, "
+            "choose another --run.dir, or keep less: checkpoint.keep, checkpoint.export_every, "
+            "store.encoding."
+        )
+    return f"disk: {need} at the peak; {have}"
