@@ -34,7 +34,7 @@ def test_continuous_integration_runs_the_two_main_commands():
 def test_every_other_command_of_the_readme_works(tmp_path):
     others = [line for line in commands() if line.split("#")[0].strip() not in MAIN]
     assert others
-    for name in ("train.py", "ds_configs"):
+    for name in ("train.py", "ds_configs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "scripts").mkdir()
     table = tmp_path / "scripts" / "reproduce.sh"  # it works in the folder where it lies
