@@ -18,7 +18,7 @@ from tests.test_failures import assert_refused
 
 
 def need(*flags, generation=1000):
-    config = command_line.load(["--train.epochs=10", *flags]).config
+    config = command_line.load(["--train.epochs=10", *flags])
     return disk.need(config, state_bytes=100, generation_bytes=generation, export_bytes=7)
 
 

@@ -6,6 +6,7 @@ variables that torchrun sets: a launch in a second. Those under "torchrun" are l
 
 import io
 import math
+import shutil
 import time
 from dataclasses import replace
 
@@ -150,23 +151,37 @@ def kill_in_mid_epoch(start, run_dir, *flags):
         position = latest(run_dir)
         return position is not None and position[0] >= 1 and position[1] > 0
 
-    job = start(run_dir, *flags)
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        assert job.running() and time.monotonic() < deadline, job.output()
-        if there():
-            ranks = job.processes()
-            for process in ranks:
-                process.suspend()
-            if there():  # still: nothing moves now
-                kill_processes(ranks)
-                job.wait()
-                wait_for_no_process(run_dir)
-                assert not (run_dir / "result.json").exists()
-                return latest(run_dir)
-            for process in ranks:
-                process.resume()
-        time.sleep(0.002)
+    for _ in range(5):  # a short run may be over before it could be caught
+        job = start(run_dir, *flags)
+        ranks = None
+        deadline = time.monotonic() + DEADLINE_S
+        while job.running():
+            assert time.monotonic() < deadline, job.output()
+            if ranks is None and latest(run_dir) is not None:
+                ranks = job.processes()  # takes a while, so before it is urgent
+            if ranks is not None and there() and suspended(ranks):
+                if there():  # still: nothing moves now
+                    kill_processes(ranks)
+                    job.wait()
+                    wait_for_no_process(run_dir)
+                    assert not (run_dir / "result.json").exists()
+                    return latest(run_dir)
+                for process in ranks:
+                    process.resume()
+            time.sleep(0.002)
+        assert status(run_dir)["state"] == "complete", job.output()
+        shutil.rmtree(run_dir)
+    raise AssertionError("five runs ended before they could be killed")
+
+
+def suspended(ranks):
+    """Stop them all; whether they were all there."""
+    try:
+        for process in ranks:
+            process.suspend()
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 def same(one, other):
