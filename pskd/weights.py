@@ -74,8 +74,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except pickle.UnpicklingError as error:
         raise PskdError(
-            f"{file} holds other things than tensors, numbers and text. It was not executed: name "
-            "a file of weights."
+            f"{file} holds no weights but other things than tensors, numbers and text. It was "
+            "not executed: name a file of weights."
         ) from error
     except Exception as error:  # of a foreign file, torch's unpickler raises anything
         raise PskdError(f"{file} holds no weights that can be read: {error}") from error

@@ -570,7 +570,7 @@ def test_a_teacher_that_does_not_fit_is_refused_with_one_message(forks, tmp_path
         (tmp_path / name).write_bytes(content)
     expected = {
         "architecture": f"The teacher must be a {NAME} of 10 classes.",
-        "classes": "has shape (8,",
+        "classes": "linear.weight (8, 64), not (10, 64)",
         "missing": "no such file",
         "stopped-run": "no such file. Name an export, a complete run",
     }

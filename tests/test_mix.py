@@ -633,9 +633,7 @@ class Flawed(ArrayData):
 
 def trainer_of(world, path, mixer, accumulation):
     """PS-KD on the first digits, by a network without BatchNorm; rows are kept exactly."""
-    config = command_line.load(
-        ["--recipe=digits-pskd", "--train.batch_size=22", "--train.seed=1"]
-    )
+    config = command_line.load(["--recipe=digits-pskd", "--train.batch_size=22", "--train.seed=1"])
     catalog = digits_of(N)
     plan = Plan(N, 22, world.size, accumulation)
     plan.check()
