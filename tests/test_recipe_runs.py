@@ -16,6 +16,7 @@ SMALL = (
     "--train.epochs=1",
     "--train.batch_size=4",
     "--schedule.milestones=[]",
+    "--optimizer.lr=0.001",  # batches of four are noisy
     "--data.limit=8",
     "--data.held_out=4",
     "--run.threads=2",
