@@ -2,7 +2,7 @@
 
 import sys
 
-from pskd import command_line, launch
+from pskd import launch
 from pskd.errors import EXIT_FAILED, PskdError
 
 
@@ -10,6 +10,8 @@ def main(argv: list[str]) -> int:
     """Train; returns the exit code. A node's ranks have one command line: its first one speaks."""
     if launch.is_launched():
         launch.die_with_launcher()  # first of all: imports take seconds, and a launcher can die
+    from pskd import command_line  # noqa: PLC0415
+
     try:
         config = command_line.load(argv)
     except PskdError as error:

@@ -10,8 +10,7 @@ import signal
 import socket
 import time
 from dataclasses import dataclass
-
-import psutil
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _LAST_WORD_S = 5.0
@@ -76,12 +75,18 @@ def die_with_launcher() -> None:
     """End this process when the launcher ends, however it ends.
 
     torch starts workers in sessions of their own, so they outlive a killed torchrun. The kernel's
-    parent-death signal ends them; a parent that dies during the call shows in a changed ppid.
+    parent-death signal ends them; a parent that dies during the call shows in a changed ppid, and
+    a torchrun that died before it in an heir: init, which is no torchrun.
     """
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent or ("TORCHELASTIC_RUN_ID" in os.environ and _is_init(parent)):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_init(pid: int) -> bool:
+    """Whether it takes over orphans. In a container, torchrun itself may be process 1."""
+    return pid == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()
 
 
 def choose_interface() -> None:
@@ -91,6 +96,8 @@ def choose_interface() -> None:
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
+    import psutil  # noqa: PLC0415  (a launcher may die while it is imported)
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((os.environ["MASTER_ADDR"], 9))  # UDP: sends nothing
