@@ -141,32 +141,34 @@ def _prepare(
         if here.device.type != "cuda":
             raise AgreedError("model.sync_batchnorm true works on GPUs only: leave it out.")
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    engine = Engine(
-        model,
-        config.optimizer,
-        config.engine,
-        settings,
-        here.timeout,
-        config.model.ema_decay,
-        config.evaluation.weights == "ema",
-    )
+    with here.together():
+        engine = Engine(
+            model,
+            config.optimizer,
+            config.engine,
+            settings,
+            here.timeout,
+            config.model.ema_decay,
+            config.evaluation.weights == "ema",
+        )
     with here.together():
         network = TrainedNetwork(engine, config.model.name, catalog.num_classes)
         method = registry.create(config.method, network)
     store = None
     if method.needs_store:
         section = config.store
-        store = Store(
-            directory.store,
-            n=plan.n,
-            classes=catalog.num_classes,
-            identity=catalog.fingerprint,
-            run=start.run,
-            start=start.number,
-            peers=sites,
-            options=StoreOptions(section.encoding, section.read, section.readahead_bytes),
-            device=here.device,
-        )
+        with here.together():
+            store = Store(
+                directory.store,
+                n=plan.n,
+                classes=catalog.num_classes,
+                identity=catalog.fingerprint,
+                run=start.run,
+                start=start.number,
+                peers=sites,
+                options=StoreOptions(section.encoding, section.read, section.readahead_bytes),
+                device=here.device,
+            )
     with here.together():
         if here.rank == 0:
             directory.write_json("preprocessing.json", preprocessing(config.data, catalog))

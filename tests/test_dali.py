@@ -1125,9 +1125,9 @@ def test_pipelines_that_failed_leave_no_thread(small):
     most = absent = 0
     for _, batch in batches(catalog, options, plan=Plan(24, 8), epochs=4):
         absent += len(batch.absent)
-        most = max(most, settled(before + 15))
+        most = max(most, settled(before + 20))
     assert absent == 12
-    assert most <= before + 15, "a rebuilt pipeline stands beside the one it replaces"
+    assert most <= before + 20, "a rebuilt pipeline stands beside the one it replaces"
     assert settled(before) <= before
 
 

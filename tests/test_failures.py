@@ -65,6 +65,17 @@ def test_the_rank_that_speaks_may_be_the_slowest(tmp_path):
     assert_refused(job, "--recipe 'nope' is unknown")
 
 
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--store.encoding=top20"], "store.encoding top20 keeps 20 of 10 classes"),
+        (["--engine.channels_last=true", "--deepspeed_config=fp32-zero1"], "channels_last with"),
+    ],
+)
+def test_what_all_ranks_refuse_alike_is_said_once(tmp_path, flags, part):
+    assert_refused(forked.train(tmp_path / "run", *BRIEF, *flags), part)
+
+
 def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
     job = forked.train(tmp_path / "run", *BRIEF, "--train.batch_size=1438", processes=None)
     assert_refused(job, "train.batch_size 1438", "1437 samples")
