@@ -139,12 +139,13 @@ def killed(tmp_path, flags_of, undisturbed, processes, data, whom):
     assert_resumed_to_the_same_end(tmp_path / "run", processes, undisturbed(processes, data))
 
 
-@pytest.mark.parametrize(("processes", "data"), cells(2))
+# In every run of the tests: test_resume.py, with launchers.
+@pytest.mark.parametrize(("processes", "data"), cells())
 def test_one_is_killed(tmp_path, flags_of, undisturbed, processes, data):
     killed(tmp_path, flags_of, undisturbed, processes, data, "one")
 
 
-@pytest.mark.parametrize(("processes", "data"), cells(1))
+@pytest.mark.parametrize(("processes", "data"), cells())
 def test_all_are_killed(tmp_path, flags_of, undisturbed, processes, data):
     killed(tmp_path, flags_of, undisturbed, processes, data, "all")
 
@@ -272,11 +273,12 @@ def damage(run_dir, how):
     return segment
 
 
-DAMAGES = ["state cut off", "byte of the state", "no manifest", "no latest", "shard cut off"]
+OFTEN = ["state cut off", "no latest", "shard cut off", "byte of a shard"]
+SELDOM = [pytest.param(how, marks=pytest.mark.slow) for how in ("byte of the state", "no manifest")]
 
 
 @pytest.mark.parametrize(("processes", "data"), cells(2))
-@pytest.mark.parametrize("how", [*DAMAGES, "byte of a shard"])
+@pytest.mark.parametrize("how", [*OFTEN, *SELDOM])
 def test_damaged(stopped, undisturbed, processes, data, how):
     run_dir = stopped(processes, data)
     named = damage(run_dir, how)
