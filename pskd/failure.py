@@ -1,5 +1,7 @@
 """What a failure means, and which rank has to say it."""
 
+import errno
+import os
 import traceback
 from typing import Literal, NamedTuple
 
@@ -8,6 +10,8 @@ import torch.distributed as dist
 
 from pskd.config import TrainSection
 from pskd.errors import AgreedError, PskdError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Failure(NamedTuple):
@@ -19,6 +23,11 @@ class Failure(NamedTuple):
 
     reason: str
     speaker: Literal["rank 0", "this", "first"]
+
+
+def repeats(reason: str, earlier: str) -> bool:
+    """Whether an earlier failure says it already: ranks that share a disk find it full together."""
+    return any(os.strerror(e) in reason and os.strerror(e) in earlier for e in _FULL)
 
 
 def understand(error: BaseException, train: TrainSection) -> Failure:

@@ -13,7 +13,7 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.engine import Engine
 from pskd.errors import EXIT_FAILED, AgreedError
-from pskd.failure import understand
+from pskd.failure import repeats, understand
 from pskd.fields import TAGS
 from pskd.history import History
 from pskd.loading import AnyCatalog, loader, mixer, preprocessing, samples
@@ -81,13 +81,15 @@ class _Job:
     def report(self, error: BaseException) -> None:
         """Say once why the job failed, in the log and in status.json."""
         failure = understand(error, self.config.train)
-        first = self.start is None
+        first, told = self.start is None, False
         if self.path is not None and self.start is not None:
             try:
-                first = run_dir.fail(self.path, self.start, failure.reason)
+                earlier = run_dir.fail(self.path, self.start, failure.reason)
+                first = earlier is None
+                told = earlier is not None and repeats(failure.reason, earlier)
             except OSError as trouble:
                 log.error("status.json cannot be written: %s", trouble.strerror)
-        speaks = {"rank 0": self.rank == 0, "this": True, "first": first}[failure.speaker]
+        speaks = {"rank 0": self.rank == 0, "this": not told, "first": first}[failure.speaker]
         if speaks:
             log.error("error: %s", failure.reason)
         else:

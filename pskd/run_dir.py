@@ -244,10 +244,10 @@ class Status:
             self._run.write_json("status.json", {**self._value, "heartbeat": time.time()})
 
 
-def fail(path: Path, start: int, reason: str) -> bool:
+def fail(path: Path, start: int, reason: str) -> str | None:
     """Any rank: say in status.json why this start of the run failed.
 
-    Returns whether this rank was the first to say so; the others have nothing to add. A process
+    Returns None if this rank was the first to say so, else the reason that stands there. A process
     left over from an earlier start says nothing.
     """
     run = RunDir(path)
@@ -255,14 +255,14 @@ def fail(path: Path, start: int, reason: str) -> bool:
         now = run.read_json("status.json") or {}
         known = now.get("start", -1)
         if known > start or (known == start and now["state"] != "running"):
-            return False
+            return str(now.get("reason") or "")
         failed = {**now, "state": "failed", "reason": reason, "start": start}
         failed["heartbeat"] = time.time()
         try:
             run.write_json("status.json", failed)
         except OSError:  # a full disk: there is no room for a second file, but in the old one
             (path / "status.json").write_text(json.dumps(failed))
-        return True
+        return None
 
 
 def _of_the_run(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 
 from pskd.config import TrainSection
 from pskd.errors import AgreedError, PskdError
-from pskd.failure import understand
+from pskd.failure import repeats, understand
 
 TRAIN = TrainSection(batch_size=96, accumulation=3)
 
@@ -48,3 +48,10 @@ def test_a_defect_of_the_program_comes_with_its_traceback():
         reason = understand(error, TRAIN).reason
     assert "test_failure.py" in reason
     assert reason.endswith("ZeroDivisionError: by zero")
+
+
+def test_ranks_that_share_a_full_disk_say_so_once():
+    full = [f"cannot write rank-{r}: No space left on device. Free some space." for r in (0, 1)]
+    assert repeats(full[1], full[0])
+    assert not repeats(full[1], "lost another rank")
+    assert not repeats("checkpoint damaged", full[0])

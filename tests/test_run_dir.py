@@ -329,29 +329,30 @@ class TestStatus:
         told = dict(verdicts.get() for _ in ranks)
         for rank in ranks:
             rank.join()
-        (first,) = (reason for reason, was_first in told.items() if was_first)
+        (first,) = (reason for reason, earlier in told.items() if earlier is None)
+        assert {earlier for earlier in told.values() if earlier is not None} == {first}
         value = run.read_json("status.json")
         assert (value["state"], value["reason"], value["epoch"]) == ("failed", first, 1)
-        assert not fail(run.path, 0, "too late")
+        assert fail(run.path, 0, "too late") is not None
         assert run.read_json("status.json") == value
 
     @pytest.mark.parametrize("state", ["complete", "stopped", "failed"])
     def test_a_run_that_ended_does_not_fail_any_more(self, run, state):
         Status(run, epochs=2, start=0).write(state, "because", 2, 0)
-        assert not fail(run.path, 0, "afterwards")
+        assert fail(run.path, 0, "afterwards") is not None
         value = run.read_json("status.json")
         assert (value["state"], value["reason"]) == (state, "because")
 
     def test_a_start_that_failed_before_it_trained_is_a_failed_one(self, run):
-        assert fail(run.path, 0, "early")
-        assert not fail(run.path, 0, "later")
+        assert fail(run.path, 0, "early") is None
+        assert fail(run.path, 0, "later") is not None
         value = run.read_json("status.json")
         assert (value["state"], value["reason"], value["start"]) == ("failed", "early", 0)
 
     @pytest.mark.parametrize("state", ["stopped", "failed", "running"])
     def test_a_new_start_that_fails_replaces_what_the_old_one_said(self, run, state):
         Status(run, epochs=2, start=0).write(state, "because", 1, 7)
-        assert fail(run.path, 1, "store damaged")
+        assert fail(run.path, 1, "store damaged") is None
         value = run.read_json("status.json")
         assert (value["state"], value["reason"]) == ("failed", "store damaged")
         assert (value["epoch"], value["step"]) == (1, 7)
@@ -359,7 +360,7 @@ class TestStatus:
     def test_a_process_left_over_from_an_earlier_start_changes_nothing(self, run):
         status = Status(run, epochs=2, start=1)
         status.write("running", None, 1, 4)
-        assert not fail(run.path, 0, "lost a peer, at last")
+        assert fail(run.path, 0, "lost a peer, at last") is not None
         status.write("complete", None, 2, 0)
         assert run.read_json("status.json")["state"] == "complete"
 
@@ -370,14 +371,14 @@ class TestStatus:
             Status(run, epochs=2, start=0).write("running", None, 1, 4)
             (disk.path / "status.lock").touch()
             disk.leave(0)
-            assert fail(disk.path, 0, "no space for checkpoint")
+            assert fail(disk.path, 0, "no space for checkpoint") is None
             assert run.read_json("status.json")["reason"] == "no space for checkpoint"
 
     def test_a_beat_does_not_undo_another_ranks_failure(self, run):
         """Rank 0 trains on until it needs the rank that has just failed."""
         status = Status(run, epochs=2, start=0)
         status.write("running", None, 1, 4)
-        assert fail(run.path, 0, "rank 1: disk full")
+        assert fail(run.path, 0, "rank 1: disk full") is None
         status.beat(1, 5)
-        assert not fail(run.path, 0, "lost a peer")
+        assert fail(run.path, 0, "lost a peer") is not None
         assert run.read_json("status.json")["reason"] == "rank 1: disk full"
