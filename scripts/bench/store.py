@@ -5,7 +5,8 @@
 
 Step: time on the training thread for `past` + `prefetch` + `remember` between steps of real
 compute, against copying as many bytes as the step reads and writes from memory to memory, in
-turns in one process. Cold: the generation is dropped from the page cache before each block.
+turns in one process. Cold: each block in a process of its own, after the generation was dropped
+from the page cache; fincore has to confirm that.
 
 Machinery: all that PS-KD adds to the forward and backward pass of the network (targets, loss and
 its gradient, softmax, hand-over) against a literal version of what is published: one-hot rows
@@ -14,12 +15,15 @@ predictions and indices and one assignment a row.
 """
 
 import argparse
+import gc
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,14 +62,16 @@ class Ranks:
         """There is one disk."""
 
 
-def make_store(directory: Path, n: int, encoding: str, peers: object = None) -> Store:
+def make_store(
+    directory: Path, n: int, encoding: str, peers: object = None, start: int = 0
+) -> Store:
     return Store(
         directory,
         n=n,
         classes=CLASSES,
         identity="bench",
         run="bench",
-        start=0,
+        start=start,
         peers=peers or Alone(),
         options=StoreOptions(encoding),
         device=CPU,
@@ -93,6 +99,15 @@ def drop_from_cache(directory: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def resident_share(directory: Path) -> float:
+    """Of the segments, by util-linux's fincore."""
+    paths = [str(path) for path in directory.rglob("*.psk")]
+    command = ["fincore", "--bytes", "--noheadings", "--raw", "--output", "RES,SIZE", *paths]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    sizes = [int(word) for word in lines]
+    return sum(sizes[::2]) / sum(sizes[1::2])
 
 
 def fill(store: Store, order_N: np.ndarray) -> list[list[str]]:
@@ -130,12 +145,21 @@ def busy(seconds: float, matrix: Tensor) -> None:
         matrix @ matrix
 
 
-def steps(
-    directory: Path, n: int, encoding: str, blocks: int, per_block: int, step_s: float, cold: bool
-) -> list[str]:
-    """One row: `past` + `prefetch` + `remember` against memcpy."""
-    order_N = np.random.default_rng(1).permutation(n)
-    store = make_store(directory, n, encoding)
+class Block(NamedTuple):
+    """Medians over the steps of a block, in ms, and how often training waited."""
+
+    ratio: float
+    ours_ms: float
+    copy_ms: float
+    training_cpu_ms: float
+    other_cpu_ms: float
+    waits_read: int
+    waits_write: int
+
+
+def second_epoch(directory: Path, n: int, encoding: str, start: int) -> Store:
+    """A store that reads the generation that `fill` has written."""
+    store = make_store(directory, n, encoding, start=start)
     store.load_state_dict(
         {
             "epoch": 1,
@@ -145,55 +169,101 @@ def steps(
         }
     )
     store.begin_epoch(1)
+    return store
+
+
+def measure(store: Store, order_N: np.ndarray, steps: int, step_s: float) -> Block:
+    """`past` + `prefetch` + `remember` against memcpy, over some steps of an order."""
     row_bytes = store._row_bytes
     probs_BC, matrix = predictions(), torch.randn(512, 512)
     source = torch.randint(0, 255, (128, BATCH * row_bytes), dtype=torch.uint8)
     target = torch.zeros_like(source)
-    ratios, ours_ms, copy_ms, cpu_ms, side_ms = [], [], [], [], []
-    step = 0
-    for _ in range(blocks):
-        if cold:
-            drop_from_cache(directory)
-        ours, copies, main_s = [], [], 0.0
-        store.prefetch(order_N[step * BATCH :][:BATCH])
-        busy(5 * step_s, matrix)
-        process, this_thread = time.process_time(), time.thread_time()
-        for _ in range(per_block):
-            ids_B, next_B = (order_N[(step + k) * BATCH :][:BATCH] for k in (0, 1))
-            # The copy comes from memory, and not from a cache, as the rows do.
-            a, b = (2 * step) % 128, (2 * step + 1) % 128
-            started = time.perf_counter()
-            target[a].copy_(source[a])
-            target[b].copy_(source[b])
-            copies.append(time.perf_counter() - started)
-            thread = time.thread_time()
-            started = time.perf_counter()
-            store.past(ids_B)
-            store.prefetch(next_B)
-            first = time.perf_counter() - started
-            first_cpu = time.thread_time() - thread
-            busy(step_s, matrix)
-            thread = time.thread_time()
-            started = time.perf_counter()
-            store.remember(ids_B, probs_BC)
-            ours.append(first + time.perf_counter() - started)
-            main_s += first_cpu + time.thread_time() - thread
-            step += 1
-        cpu_ms.append(1e3 * main_s / per_block)
-        others = (time.process_time() - process) - (time.thread_time() - this_thread)
-        side_ms.append(1e3 * others / per_block)
-        ratios.append(np.median(ours) / np.median(copies))
-        ours_ms.append(1e3 * np.median(ours))
-        copy_ms.append(1e3 * np.median(copies))
+    ours, copies, main_s = [], [], 0.0
+    store.waits()
+    store.prefetch(order_N[:BATCH])
+    busy(5 * step_s, matrix)
+    process, this_thread = time.process_time(), time.thread_time()
+    for step in range(steps):
+        ids_B, next_B = (order_N[(step + k) * BATCH :][:BATCH] for k in (0, 1))
+        # The copy comes from memory, and not from a cache, as the rows do.
+        a, b = (2 * step) % 128, (2 * step + 1) % 128
+        started = time.perf_counter()
+        target[a].copy_(source[a])
+        target[b].copy_(source[b])
+        copies.append(time.perf_counter() - started)
+        thread = time.thread_time()
+        started = time.perf_counter()
+        store.past(ids_B)
+        store.prefetch(next_B)
+        first = time.perf_counter() - started
+        first_cpu = time.thread_time() - thread
+        busy(step_s, matrix)
+        thread = time.thread_time()
+        started = time.perf_counter()
+        store.remember(ids_B, probs_BC)
+        ours.append(first + time.perf_counter() - started)
+        main_s += first_cpu + time.thread_time() - thread
+    others_s = (time.process_time() - process) - (time.thread_time() - this_thread)
     waits = store.waits()
+    return Block(
+        float(np.median(ours) / np.median(copies)),
+        1e3 * float(np.median(ours)),
+        1e3 * float(np.median(copies)),
+        1e3 * main_s / steps,
+        1e3 * others_s / steps,
+        waits["read"].times,
+        waits["write"].times,
+    )
+
+
+def cold_block(
+    directory: Path, n: int, encoding: str, number: int, steps: int, step_s: float, out: mp.Queue
+) -> None:
+    """In a process of its own: what a process has mapped and touched stays in the cache."""
+    torch.set_num_threads(1)
+    drop_from_cache(directory / "gen-000000")
+    store = make_store(directory, n, encoding, start=number)
+    # Not by load_state_dict: it verifies, and so reads, every row.
+    store._finished, store._epoch = open_generation(directory / "gen-000000").entries, 1
+    store.begin_epoch(1)
+    resident = resident_share(directory / "gen-000000")
+    assert resident < 0.05, f"{resident:.0%} of the generation is still in the page cache"
+    order_N = np.random.default_rng(1).permutation(n)[number * steps * BATCH :]
+    out.put(measure(store, order_N, steps, step_s))
     store.close()
+
+
+def steps(
+    directory: Path, n: int, encoding: str, blocks: int, per_block: int, step_s: float, cold: bool
+) -> list[str]:
+    """One row of the table, over several blocks."""
+    if cold:
+        context = mp.get_context("spawn")
+        out, done = context.Queue(), []
+        for number in range(min(blocks, n // BATCH // (per_block + 1))):
+            arguments = (directory, n, encoding, number, per_block, step_s, out)
+            process = context.Process(target=cold_block, args=arguments)
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+            done.append(out.get())
+    else:
+        order_N = np.random.default_rng(1).permutation(n)
+        store = second_epoch(directory, n, encoding, 0)
+        at = [k * per_block * BATCH for k in range(blocks)]
+        done = [measure(store, order_N[start:], per_block, step_s) for start in at]
+        store.close()
+        del store
+        gc.collect()
+    columns = Block(*np.array(done).T)
     return [
         f"{encoding}, {'cold' if cold else 'warm'}",
-        f"{np.median(ours_ms):.3f}",
-        f"{np.median(copy_ms):.3f}",
-        interval(ratios),
-        f"{np.median(cpu_ms):.2f} + {np.median(side_ms):.2f}",
-        f"{waits['read'].times} / {waits['write'].times}",
+        f"{np.median(columns.ours_ms):.3f}",
+        f"{np.median(columns.copy_ms):.3f}",
+        interval(columns.ratio),
+        f"{np.median(columns.training_cpu_ms):.2f} + {np.median(columns.other_cpu_ms):.2f}",
+        f"{np.sum(columns.waits_read):.0f} / {np.sum(columns.waits_write):.0f} "
+        f"of {len(done) * per_block}",
     ]
 
 
@@ -378,6 +448,8 @@ def main() -> None:
             opened = time.monotonic()
             generation.verify()
             verified = time.monotonic()
+            del generation, store  # or pages would stay mapped, and warm
+            gc.collect()
             figures.append([f"{encoding}: open", f"{opened - started:.2f} s", ""])
             figures.append([f"{encoding}: verify", f"{verified - opened:.2f} s", ""])
             for cold in (False, True):
