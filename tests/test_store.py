@@ -267,7 +267,7 @@ class TestEpochs:
     def test_float32_keeps_every_bit_of_odd_numbers(self, make):
         """Signed zeros and the smallest numbers: the encoding does not compute."""
         job = make()
-        odd = torch.tensor([-0.0, 1e-45, -1e-39, 1 - 2**-24, 2**-24])
+        odd = torch.tensor([-0.0, 1e-45, 1e-39, 1 - 2**-24, 2**-24])
         job.begin(0)
         job.train({4: odd})
         job.begin(1)
@@ -446,6 +446,17 @@ class TestRefusals:
         message = message.replace("-0", "0")
         assert f"sum to {wrong:.4g}, not to 1, of samples [8] in epoch 0" in message
         assert "softmax" in message
+
+    @pytest.mark.parametrize("encoding", ["float32", "uint8-log"])
+    def test_a_negative_number_is_named_and_not_stored(self, make, encoding):
+        """Though its row sums to 1."""
+        job = make(encoding=encoding)
+        rows = torch.softmax(torch.rand(3, C), 1)
+        rows[1] = torch.tensor([1.5, -0.5] + [0.0] * (C - 2))
+        job.begin(0)
+        job.stores[0].remember(np.array([7, 8, 9]), rows)
+        message = refused(job.checkpoint)
+        assert "with a negative number, -0.5, of samples [8] in epoch 0" in message
 
     def test_a_softmax_in_half_precision_passes(self, make):
         job = make()

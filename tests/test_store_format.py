@@ -6,9 +6,11 @@ Letters: B rows of a chunk, R bytes of an encoded row, C classes.
 import errno
 import hashlib
 import os
+import resource
 import struct
 import tempfile
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,9 +23,10 @@ from hypothesis import strategies as st
 from pskd.errors import PskdError
 from pskd.store import format as fmt
 from pskd.store.format import HEADER_BYTES, Entry, FormatError, Header
+from pskd.store.generation import Generation
 from pskd.store.registry import create_encoding
 from pskd.store.segment import SegmentReader, SegmentWriter
-from tests.system import mounted, needs_root
+from tests.system import mounted, needs_root, processes
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -380,3 +383,72 @@ class TestFullDisk:
         path = small_disk.path / "gen" / "seg.psk"
         with pytest.raises(PskdError, match=f"{path}: {os.strerror(errno.EROFS)}.*file system"):
             SegmentWriter(path, HEADER, 1, "seg.psk")
+
+
+# --- many segments --------------------------------------------------------------------------------
+
+
+def generation_of(directory, segments, n=2000):
+    """Written by so many ranks, a row a chunk or two; its entries, and the rows by id."""
+    order = np.random.default_rng(0).permutation(n)
+    rows = rows_of(n, 16, 1)
+    entries = []
+    for rank in range(segments):
+        ids = order[rank::segments]
+        name = f"gen-000000/seg-{rank}.psk"
+        header = replace(HEADER, n=n, rank=rank, world=segments, classes=4, row_bytes=16)
+        writer = SegmentWriter(directory / name, header, len(ids), name)
+        for part in np.array_split(ids, 2):
+            if len(part):
+                writer.append(part, rows[part])
+        writer.close()
+        entries.append(writer.entry)
+    return entries, rows
+
+
+def read_many(directory, entries, rows, read):
+    """Open two generations as an epoch's end does, and read in random order, with gaps."""
+    n = len(rows)
+    generations = [Generation(directory, n, 4, entries, read) for _ in range(2)]
+    partial = Generation(directory, n, 4, entries[1:], read)
+    ids = np.random.default_rng(2).permutation(n)
+    found, present = np.empty((len(ids), 16), np.uint8), np.empty(len(ids), np.bool_)
+    assert generations[0].gather(ids, found, present)
+    assert (found == rows[ids]).all()
+    assert present.all()
+    assert not partial.gather(ids, found, present)
+    assert (present == partial.present_N[ids]).all()
+    assert (found == np.where(present[:, None], rows[ids], 0)).all()
+    for generation in (*generations, partial):
+        generation.close()
+    return True
+
+
+def with_limit(soft, hard, function, *args):
+    """In a process that may open so many files: the result, or the message of the refusal."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        return function(*args)
+    except PskdError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("read", ["mmap", "pread"])
+@pytest.mark.parametrize("segments", [3, 300])
+def test_a_batch_is_read_from_any_number_of_segments(tmp_path, segments, read):
+    """Though the soft limit of open files is far below it: it is raised up to the hard one."""
+    entries, rows = generation_of(tmp_path, segments)
+    with ProcessPoolExecutor(1, mp_context=processes) as executor:
+        arguments = (read_many, tmp_path, entries, rows, read)
+        assert executor.submit(with_limit, 128, 2048, *arguments).result() is True
+
+
+def test_more_segments_than_open_files_are_refused_with_the_limit(tmp_path):
+    """And not taken for damage, which would go back to an older checkpoint."""
+    entries, rows = generation_of(tmp_path, 300)
+    with ProcessPoolExecutor(1, mp_context=processes) as executor:
+        arguments = (read_many, tmp_path, entries, rows, "mmap")
+        message = executor.submit(with_limit, 128, 256, *arguments).result()
+    assert message.startswith("PskdError: prediction store: ")
+    assert "Too many open files; at most 256 are allowed" in message
+    assert "ulimit -Hn" in message

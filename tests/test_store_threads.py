@@ -23,9 +23,10 @@ N, C = 64, 6
 BUFFERS = 4
 PATIENCE_S = 0.3  # what has not happened by then is taken to wait
 DEADLINE_S = 60  # against a hang
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 
 
-def new_store(directory, start=0, n=N, classes=C, **options):
+def new_store(directory, start=0, n=N, classes=C, device="cpu", **options):
     return Store(
         directory,
         n=n,
@@ -35,7 +36,7 @@ def new_store(directory, start=0, n=N, classes=C, **options):
         start=start,
         peers=Alone(),
         options=StoreOptions(**({"encoding": "float32"} | options)),
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 
@@ -568,3 +569,57 @@ class TestCost:
         handed, sent = elsewhere(bytes_written, tmp_path, classes, batch, steps)
         assert payload <= handed <= 1.1 * payload
         assert sent <= 1.1 * payload
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", ["float32", "float16", "uint8-log", "top2"])
+@pytest.mark.parametrize("classes", [C, 1000])
+def test_a_gpu_reads_and_remembers_what_a_cpu_does(tmp_path, encoding, classes):
+    """Through pinned buffers that are reused, by copies that nobody waits for."""
+    kept = {}
+    for device in ("cpu", "cuda"):
+        options = {"encoding": encoding, "n": 32 * 16, "classes": classes, "device": device}
+        store = new_store(tmp_path / device, **options)
+        store.begin_epoch(0)
+        for epoch in (0, 1):
+            store.begin_epoch(epoch)
+            store.prefetch(np.arange(16))
+            for step in range(32):
+                ids = np.arange(16 * step, 16 * step + 16)
+                past, present = store.past(ids)
+                store.prefetch((ids + 16) % (32 * 16))
+                assert past.device.type == present.device.type == device
+                kept[device, epoch, step] = past.cpu(), present.cpu()
+                probs = probabilities(100 * epoch + step, 16, classes).to(device)
+                store.remember(ids, probs)
+                probs.fill_(torch.nan)  # at once: it has been copied, or the copy is ordered first
+        store.begin_epoch(2)
+        store.close()
+    for epoch in (0, 1):
+        for step in range(32):
+            on_cpu, on_gpu = kept["cpu", epoch, step], kept["cuda", epoch, step]
+            assert torch.equal(on_cpu[1], on_gpu[1])
+            torch.testing.assert_close(on_gpu[0], on_cpu[0], rtol=1e-5, atol=1e-7)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_busy_gpu_is_not_waited_for(tmp_path):
+    """Kernels that are queued delay the rows, and not the call."""
+    store = new_store(tmp_path, device="cuda")
+    store.begin_epoch(0)
+    rows = probabilities(0).to("cuda")
+    store.remember(np.arange(N), rows)  # buffers are made at the first call
+    store.commit()
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second on the stream
+    done = torch.cuda.Event()
+    store.remember(np.arange(N), rows)
+    done.record()
+    assert not done.query()
+    store.begin_epoch(1)
+    assert torch.equal(store.past(np.arange(N))[0].cpu(), rows.cpu())
+    store.close()

@@ -30,7 +30,7 @@ class _Slot:
     def __init__(self, row_bytes: int, rows: int, device: torch.device) -> None:
         gpu = device.type == "cuda"
         self.chunk = Chunk(row_bytes, rows, pinned=gpu)
-        self.sums_B = torch.empty(rows, pin_memory=gpu)
+        self.checks_2B = torch.empty(2, rows, pin_memory=gpu)  # the sum and the least of each row
         self.copied = torch.Event("cuda") if gpu else None
         self.written: Task | None = None
 
@@ -56,7 +56,8 @@ class Appender:
         """
         slot = self._free_slot(len(ids_B), probs_BC.device)
         rows_BR = slot.chunk.rows_BR(len(ids_B))
-        slot.sums_B[: len(ids_B)].copy_(probs_BC.sum(dim=1), non_blocking=True)
+        checks_2B = torch.stack((probs_BC.sum(dim=1), probs_BC.amin(dim=1)))
+        slot.checks_2B[:, : len(ids_B)].copy_(checks_2B, non_blocking=True)
         if slot.copied is None:
             self._encoding.encode(probs_BC, rows_BR)
         else:
@@ -99,7 +100,7 @@ class Appender:
         try:
             if slot.copied is not None:
                 slot.copied.synchronize()
-            _refuse_nonsense(slot.sums_B[: len(ids_B)], epoch, ids_B)
+            _refuse_nonsense(slot.checks_2B[:, : len(ids_B)], epoch, ids_B)
             segment.append_chunk(ids_B, slot.chunk)
         except BaseException as error:
             self._failure = error
@@ -109,18 +110,20 @@ class Appender:
             raise self._failure
 
 
-def _refuse_nonsense(sums_B: Tensor, epoch: int, ids_B: Ids) -> None:
-    """A sum of finite probabilities is 1; not finite if one of them is not."""
-    wrong_B = ~((sums_B - 1).abs() <= _TOLERANCE)
+def _refuse_nonsense(checks_2B: Tensor, epoch: int, ids_B: Ids) -> None:
+    """Probabilities sum to 1 and none is negative, so none is above 1; NaN makes the sum NaN."""
+    sums_B, least_B = checks_2B
+    wrong_B = ~(((sums_B - 1).abs() <= _TOLERANCE) & (least_B >= 0))
     if not bool(wrong_B.any()):
         return
-    finite = bool(torch.isfinite(sums_B).all())
-    what = f"that sum to {sums_B[wrong_B][0]:.4g}, not to 1," if finite else "that are not finite"
-    remedy = (
-        "Remember the softmax of the logits."
-        if finite
-        else "Lower optimizer.lr or set optimizer.clip_norm."
-    )
+    total, least = float(sums_B[wrong_B][0]), float(least_B[wrong_B][0])
+    remedy = "Remember the softmax of the logits."
+    if not bool(torch.isfinite(sums_B).all()):
+        what, remedy = "that are not finite", "Lower optimizer.lr or set optimizer.clip_norm."
+    elif abs(total - 1) > _TOLERANCE:
+        what = f"that sum to {total:.4g}, not to 1,"
+    else:
+        what = f"with a negative number, {least:.4g},"
     raise PskdError(
         f"predictions {what} of samples {ids_B[wrong_B.numpy()].tolist()} in epoch {epoch}: "
         f"not stored. {remedy}"

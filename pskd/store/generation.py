@@ -6,6 +6,7 @@ Letters: N samples of the data set, B of a batch, C classes, S segments.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,7 +46,8 @@ class Generation:
         self.n = n
         self.classes = classes
         self.entries = list(entries)
-        self.segments = [SegmentReader(directory / e.segment, e) for e in entries]
+        pread = read == "pread"
+        self.segments = [SegmentReader(directory / e.segment, e, for_read=pread) for e in entries]
         self._segment_N = np.full(n, -1, np.int32)
         self._unit_N = np.zeros(n, np.int32)
         for index, segment in enumerate(self.segments):
@@ -64,7 +66,7 @@ class Generation:
         if self.segments:
             self._encoding = create_encoding(self.segments[0].header.encoding)
             self.row_bytes = self.segments[0].header.row_bytes
-        self._readers = ThreadPoolExecutor(_PREADS) if read == "pread" else None
+        self._readers = ThreadPoolExecutor(_PREADS) if pread else None
 
     @property
     def present_N(self) -> npt.NDArray[np.bool_]:
@@ -81,15 +83,19 @@ class Generation:
         complete = bool(present_B.all())
         if not complete:
             out_BR[~present_B] = 0
-        indices = np.unique(segment_B[present_B])
-        if len(indices) == 1 and complete:
-            self._fetch(self.segments[indices[0]], unit_B, out_BR)
+        # Grouped by segment: with one segment a rank, a batch has a few rows in each of many.
+        order_B = np.argsort(segment_B, kind="stable")
+        segment_B, unit_B = segment_B[order_B], unit_B[order_B]
+        starts = np.flatnonzero(np.diff(segment_B, prepend=-1))  # absent ones, -1, come first
+        if len(starts) == 1 and complete:
+            self._fetch(self.segments[segment_B[0]], unit_B, out_BR)  # stable: in their order
             return True
-        for index in indices:
-            where = np.flatnonzero(segment_B == index)
-            rows_BR = np.empty((len(where), self.row_bytes), np.uint8)
-            self._fetch(self.segments[index], unit_B[where], rows_BR)
-            out_BR[where] = rows_BR
+        rows_BR = np.empty_like(out_BR)
+        bounds = [*starts.tolist(), len(order_B)]
+        for start, end in pairwise(bounds):
+            self._fetch(self.segments[segment_B[start]], unit_B[start:end], rows_BR[start:end])
+        present = bounds[0]
+        out_BR[order_B[present:]] = rows_BR[present:]
         return complete
 
     def decode(self, rows_BR: Tensor, present_B: Tensor, complete: bool) -> Tensor:

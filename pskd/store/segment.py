@@ -4,12 +4,16 @@ Letters: B rows of a step, R bytes of an encoded row, U units of a segment, S by
 """
 
 import errno
+import io
 import mmap
 import os
+import resource
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +27,7 @@ from pskd.store import format as fmt
 from pskd.store.format import Entry, Header
 
 Bytes = npt.NDArray[np.uint8]
+_T = TypeVar("_T")
 
 
 class Chunk:
@@ -155,25 +160,38 @@ class SegmentWriter:
 class SegmentReader:
     """The first rows of a segment, as named by an entry: header and chunk chain are checked."""
 
-    def __init__(self, path: Path, entry: Entry) -> None:
-        """Open and index.
+    def __init__(self, path: Path, entry: Entry, *, for_read: bool = False) -> None:
+        """Open and index. It takes one file descriptor, which the mapping owns; `read` another.
 
         Raises:
             DamagedError: missing, truncated or damaged; the message names file and defect.
-            PskdError: it may not be read, or is of another version.
+            PskdError: it may not be read, is of another version, or too many files are open.
         """
         self.path = path
+        self._file: io.FileIO | None = None
         try:
-            self._file = path.open("rb", buffering=0)
-            self.header = fmt.parse_header(self._file.read(fmt.HEADER_BYTES))
-            # Its owner may trim the room that it did not use at any time, but no named row.
-            self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
-            # Checked before any access: touching a page beyond the end is a SIGBUS.
-            self._chunks = self._scan(entry, len(self._map))
+            with _open(path) as file:
+                # Chunks' prefixes are far apart: what is between them is not to be read with them.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                self.header = fmt.parse_header(file.read(fmt.HEADER_BYTES))
+                # Its owner may trim the room that it did not use at any time, but no named row.
+                mapping = partial(mmap.mmap, file.fileno(), 0, prot=mmap.PROT_READ)
+                self._map = _with_descriptors(mapping)
+                # Checked before any access: touching a page beyond the end is a SIGBUS.
+                self._chunks = self._scan(file, entry, len(self._map))
+            if for_read:
+                self._file = _open(path)
         except (PermissionError, fmt.VersionError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise PskdError(f"prediction store: {path}: {why}. {REMEDY}") from error
         except OSError as error:
+            if error.errno in _NO_DESCRIPTORS:
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+                raise PskdError(
+                    f"prediction store: {path}: {error.strerror}; at most {limit} are allowed, and "
+                    "two generations have a segment of each rank. Allow more: ulimit -Hn, or "
+                    "docker run --ulimit nofile=65536."
+                ) from error
             raise DamagedError(f"prediction store: {path}: {error.strerror}.", REMEDY) from error
         except fmt.FormatError as error:
             raise DamagedError(f"prediction store: {path}: {error}.", REMEDY) from error
@@ -211,8 +229,8 @@ class SegmentReader:
         if out_BR.shape[1] == self._stride:
             self._units_US.take(units_B, axis=0, out=out_BR, mode="clip")  # "raise" would buffer
         else:
-            out_BR[:] = self._units_US.take(units_B, axis=0)[:, : out_BR.shape[1]]
-        self._cold = time.monotonic() - started > _WARM_S_PER_ROW * len(units_B)
+            out_BR[:] = self._units_US.take(units_B, axis=0, mode="clip")[:, : out_BR.shape[1]]
+        self._cold = time.monotonic() - started > _WARM_S + _WARM_S_PER_ROW * len(units_B)
 
     def read(self, units_B: npt.NDArray[np.int32], out_BR: Bytes) -> None:
         """Rows of some units, one system call each: for file systems that map badly.
@@ -220,6 +238,7 @@ class SegmentReader:
         Raises:
             PskdError: the file cannot be read.
         """
+        assert self._file is not None, "it was not opened for this"
         try:
             for unit, row_R in zip(units_B.tolist(), out_BR, strict=True):
                 os.preadv(self._file.fileno(), [row_R], fmt.HEADER_BYTES + unit * self._stride)
@@ -230,10 +249,11 @@ class SegmentReader:
         """Read from front to back, into the page cache, until told to stop; returns the bytes."""
         block = memoryview(bytearray(_BLOCK_BYTES))
         end = min(self.end, limit_bytes)
-        for start in range(0, end, _BLOCK_BYTES):
-            if stop():
-                break
-            os.preadv(self._file.fileno(), [block], start)
+        with _open(self.path) as file:
+            for start in range(0, end, _BLOCK_BYTES):
+                if stop():
+                    break
+                os.preadv(file.fileno(), [block], start)
         return end
 
     def verify(self) -> None:
@@ -254,14 +274,14 @@ class SegmentReader:
                 )
             row += rows
 
-    def _scan(self, entry: Entry, size: int) -> list[tuple[int, int, int]]:
+    def _scan(self, file: io.FileIO, entry: Entry, size: int) -> list[tuple[int, int, int]]:
         """(first unit, rows, crc) of each chunk that the entry names."""
         stride = self.header.stride
         chunks: list[tuple[int, int, int]] = []
         unit = rows = crc = 0
         while rows < entry.rows:
             start = fmt.HEADER_BYTES + unit * stride
-            prefix = os.pread(self._file.fileno(), fmt.PREFIX.size, start)
+            prefix = os.pread(file.fileno(), fmt.PREFIX.size, start)
             n, chunk_crc = fmt.parse_prefix(prefix)
             chunks.append((unit, n, chunk_crc))
             unit += fmt.chunk_units(n, stride)
@@ -277,6 +297,23 @@ class SegmentReader:
         for start in (fmt.HEADER_BYTES + units_B.astype(np.int64) * self._stride).tolist():
             page = start - start % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, start + self._stride - page)
+
+
+def _open(path: Path) -> io.FileIO:
+    """To read."""
+    return _with_descriptors(partial(io.FileIO, path))
+
+
+def _with_descriptors(take: Callable[[], _T]) -> _T:
+    """If too many files are open for the soft limit, it is raised up to the hard one."""
+    try:
+        return take()
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return take()
 
 
 def give_back_room(path: Path) -> None:
@@ -301,8 +338,10 @@ def give_back_room(path: Path) -> None:
         raise explain(error, path) from error
 
 
+_WARM_S = 3e-5  # for a call, be it of a single row
 _WARM_S_PER_ROW = 4e-6  # a row of 2 kB comes from memory in 0.4 us, from a disk in 50 us or more
 _BLOCK_BYTES = 1 << 23
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 REMEDY = "Resume from an older checkpoint (see DIR/checkpoints), or start a new run."
 
 

@@ -290,6 +290,7 @@ class Store:
                     self._readable, skipped[first : min(first + _CARRIED_ROWS, high)]
                 )
             self.commit()
+            del growing  # two generations are open at a time, not three
             growing = self._open(self._growing)
         if self._writer is not None:
             self._writer.close()
@@ -369,7 +370,7 @@ class _WarmUp:
         self._stop = threading.Event()
         arguments = (limit_bytes, part, parts, self._stop.is_set)
         self._thread = threading.Thread(
-            target=generation.warm_up, args=arguments, name="store-readahead"
+            target=generation.warm_up, args=arguments, name="store-readahead", daemon=True
         )
         self._thread.start()
 
