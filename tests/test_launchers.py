@@ -18,6 +18,7 @@ def weights(run_dir, *flags, **options):
     return result(run_dir)["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_one_rank_trains_the_same_bits_under_python_torchrun_and_deepspeed(tmp_path):
     # The launchers export thread counts of their own; ours is what counts.
     plain = {"processes": None, "env": {"OMP_NUM_THREADS": "2"}}

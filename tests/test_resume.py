@@ -33,7 +33,7 @@ def undisturbed(tmp_path_factory):
     def of(processes):
         if processes not in done:
             run_dir = tmp_path_factory.mktemp("undisturbed") / f"run-{processes}"
-            job = train(run_dir, *FLAGS, processes=processes)
+            job = forked.train(run_dir, *FLAGS, processes=processes)
             assert job.process.returncode == 0, job.output()
             done[processes] = run_dir
         return done[processes]
@@ -86,15 +86,16 @@ def test_killed_and_started_again_ends_with_the_same_bits(tmp_path, undisturbed,
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     run_dir = tmp_path / "run"
-    how = {"processes": processes}
-    job = Job(run_dir, *FLAGS, **how)
+    start = Job if whom == "launcher" else ForkedJob
+    job = start(run_dir, *FLAGS, processes=processes)
     kill_at_random(job, whom, rng)
     if whom == "one":
         assert job.process.returncode != 0
         assert status(run_dir)["state"] == "failed"
     # The run brings its own configuration, once it has one.
-    again = train(run_dir, *(() if (run_dir / "config.yaml").exists() else FLAGS), **how)
-    assert again.process.returncode == 0, f"seed {seed}\n{again.output()}"
+    flags = () if (run_dir / "config.yaml").exists() else FLAGS
+    again = start(run_dir, *flags, processes=processes)
+    assert again.wait() == 0, f"seed {seed}\n{again.output()}"
     assert_same_run(run_dir, undisturbed(processes))
     wait_for_no_process(run_dir)
 
@@ -132,7 +133,7 @@ def test_killed_many_times_ends_with_the_same_bits(tmp_path, undisturbed, proces
 @pytest.mark.parametrize("to", ["launcher", "one worker"])
 def test_a_stop_request_is_agreed_saved_and_resumed(tmp_path, undisturbed, to):
     run_dir = tmp_path / "run"
-    job = Job(run_dir, *FLAGS)
+    job = (Job if to == "launcher" else ForkedJob)(run_dir, *FLAGS)
     job.wait_for_epochs(2)
     if to == "launcher":
         job.process.send_signal(signal.SIGTERM)
@@ -141,7 +142,7 @@ def test_a_stop_request_is_agreed_saved_and_resumed(tmp_path, undisturbed, to):
     assert job.wait() != 0
     assert status(run_dir)["state"] == "stopped", job.output()
     wait_for_no_process(run_dir)
-    assert train(run_dir).process.returncode == 0
+    assert forked.train(run_dir).process.returncode == 0
     assert_same_run(run_dir, undisturbed(2))
 
 
@@ -189,7 +190,8 @@ ENGINES = [
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_is_killed_and_ends_with_the_same_bits(tmp_path, engine):
     seed = random.randrange(2**32)
-    flags = (*FLAGS, "--data.limit=256", "--train.batch_size=32", "--checkpoint.every_steps=3")
+    flags = (*FLAGS, "--data.limit=128", "--train.batch_size=16", "--checkpoint.every_steps=3")
+    flags += ("--data.held_out=40",)  # half precision is slow on a CPU
     flags += (f"--engine.deepspeed_config={engine}",)
     reference = forked.train(tmp_path / "reference", *flags)
     assert reference.process.returncode == 0, reference.output()
