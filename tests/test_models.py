@@ -442,6 +442,35 @@ def test_bf16_autocast_in_training(family):
 
 
 @pytest.mark.slow
+def test_each_whole_network_trains_under_bf16_autocast(network):
+    """Logits near those of float32, finite gradients: as deep and wide as it is published."""
+    images = images_for(network.name)
+    torch.manual_seed(1)
+    exact = network(images).detach()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(images)
+    assert logits.dtype == torch.bfloat16
+    near = F.cosine_similarity(logits.float().flatten(), exact.flatten(), dim=0)
+    assert near > 0.9, near  # 0.93 to 1: the deeper, the further
+    loss = F.cross_entropy(logits.float(), torch.arange(len(images)))
+    for gradient in torch.autograd.grad(loss, list(network.parameters())):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.slow
+def test_each_whole_network_is_one_graph(network):
+    """torch.compile captures it without a break; what the backend makes of it, toy nets show."""
+    images = images_for(network.name)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(1)
+    exact = network(images)
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(images), exact, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("shaken", [False, True])
 def test_compiled_networks_train_and_evaluate(shaken):
