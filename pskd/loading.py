@@ -62,7 +62,8 @@ def loader(config: Config, here: World, catalog: AnyCatalog, *, peers: bool) -> 
     if isinstance(catalog, Catalog):
         padding = section.crop_padding
         return ArrayData(catalog, here.device, seed, padding, section.flip, peer)
-    from pskd.data.dali import DaliData, ImageOptions  # noqa: PLC0415  (DALI is optional otherwise)
+    from pskd.data.dali import DaliData  # noqa: PLC0415  (DALI is optional otherwise)
+    from pskd.data.graph import ImageOptions  # noqa: PLC0415
 
     gpu = here.device.type == "cuda"
     cores = len(os.sched_getaffinity(0))

@@ -21,7 +21,8 @@ from torchvision.transforms import functional as F
 
 from pskd import draws
 from pskd.data import colour, imagefolder
-from pskd.data.dali import DaliData, ImageOptions, make_pipeline
+from pskd.data.dali import DaliData
+from pskd.data.graph import ImageOptions, make_pipeline
 from pskd.data.views import PEER
 from pskd.errors import PskdError
 from pskd.order import Plan, Walk

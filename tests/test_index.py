@@ -29,16 +29,15 @@ from pskd.data.index import (
     NAME,
     Index,
     build,
-    check_same_classes,
     find,
     is_current,
     load_or_build,
     open_index,
     places,
     save,
-    verify,
     write,
 )
+from pskd.data.index_check import check_same_classes, verify
 from pskd.data.labels import GroundTruth, PathList
 from pskd.errors import PskdError
 from tests.photos import BAD_BODIES, BAD_HEADERS, ODD_NAMES, make_folder, make_nasty

@@ -17,7 +17,8 @@ from pskd.checkpoint import Checkpoints
 from pskd.data import digits, imagefolder
 from pskd.data.arrays import ArrayData
 from pskd.data.batch import Batch, Mix
-from pskd.data.dali import DaliData, ImageOptions
+from pskd.data.dali import DaliData
+from pskd.data.graph import ImageOptions
 from pskd.data.mix import (
     Erasing,
     Mixer,

@@ -9,22 +9,20 @@ Letters: B samples of a batch, R rows of it (its samples, then their peers), H, 
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pskd import draws
 from pskd.data import colour
 from pskd.data.batch import Batch
+from pskd.data.graph import ImageOptions, Rows, joined, make_pipeline
 from pskd.data.imagefolder import FolderCatalog
 from pskd.data.views import PEER, PeerChoice
 from pskd.errors import PskdError
@@ -35,76 +33,6 @@ log = logging.getLogger("pskd")
 _GREY = np.frombuffer(str(Path(__file__).with_name("grey.png")).encode(), np.uint8)
 _GREY_WINDOW = np.array([0, 0, 8, 8], np.int32)
 _DRAWN_AT_A_TIME = 1024  # samples
-_INTERPOLATIONS = {
-    "linear": types.INTERP_LINEAR,
-    "cubic": types.INTERP_CUBIC,
-    "lanczos": types.INTERP_LANCZOS3,
-}
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """How images are read and augmented; see the fields of the same names in `config.py`."""
-
-    augment: Literal["standard", "pskd-imagenet"]
-    flip: bool
-    image_size: int
-    resize_schedule: tuple[tuple[int, int], ...]
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    validation_resize: int
-    interpolation: str
-    on_bad_image: Literal["stop", "substitute"]
-    mixed: bool
-    hw_decoder_load: float
-    threads: int
-    prefetch: int
-    channels_last: bool
-
-    def size_at(self, epoch: int) -> int:
-        """Pixels of a side in an epoch: of the last entry of the schedule that has begun."""
-        begun = [size for first, size in self.resize_schedule if first <= epoch]
-        return begun[-1] if begun else self.image_size
-
-
-class _Rows(NamedTuple):
-    """What DALI is fed for one batch.
-
-    windows: y, x, height, width in pixels. size: height, width after resizing. centre: where the
-    crop of a whole image lies, from 0 (top, left) to 1.
-    """
-
-    paths: list[npt.NDArray[np.uint8]]
-    windows_R4: npt.NDArray[np.int32]
-    centre_R2: npt.NDArray[np.float32]
-    mirror_R: npt.NDArray[np.int32]
-    size_R2: npt.NDArray[np.float32]
-    maps_R37: npt.NDArray[np.float32]
-    labels_R: npt.NDArray[np.int64]
-
-    def part(self, rows: slice) -> "_Rows":
-        """Some of the rows."""
-        columns: Any = (column[rows] for column in self)
-        return _Rows(*columns)
-
-    def feed(self, whole: bool) -> tuple[Any, ...]:
-        """As the external source returns it; with windows, or of whole images with centres."""
-        common = (self.paths, self.labels_R, self.maps_R37, self.size_R2, self.mirror_R)
-        if whole:
-            y_R, x_R = np.ascontiguousarray(self.centre_R2.T)
-            return (*common, y_R, x_R)
-        start_R2 = np.ascontiguousarray(self.windows_R4[:, :2])
-        shape_R2 = np.ascontiguousarray(self.windows_R4[:, 2:])
-        return (*common, start_R2, shape_R2)
-
-
-def _joined(parts: list[_Rows]) -> _Rows:
-    """One below the other."""
-    if len(parts) == 1:
-        return parts[0]
-    arrays: Any = zip(*(part[1:] for part in parts), strict=True)
-    paths = [path for part in parts for path in part.paths]
-    return _Rows(paths, *(np.concatenate(views) for views in arrays))
 
 
 def _groups(micros: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -224,7 +152,7 @@ class DaliData:
             self._rows_of(self._walk.start(epoch, step, micro), bad), rows, whole=False
         )
 
-    def _rows_of(self, micros: Iterator[MicroBatch], bad: tuple[int, ...]) -> Iterator[_Rows]:
+    def _rows_of(self, micros: Iterator[MicroBatch], bad: tuple[int, ...]) -> Iterator[Rows]:
         """What each micro-batch needs; `bad` rows of the first are grey."""
         for group in _groups(micros):
             epoch, ids = group[0].epoch, np.concatenate([micro.ids_B for micro in group])
@@ -235,14 +163,14 @@ class DaliData:
             for micro in group:
                 part = slice(first, first + len(micro.ids_B))
                 first = part.stop
-                rows = _joined([view.part(part) for view in views])
+                rows = joined([view.part(part) for view in views])
                 for row in bad:
                     rows.paths[row] = _GREY
                     rows.windows_R4[row] = _GREY_WINDOW
                 bad = ()
                 yield rows
 
-    def _view(self, epoch: int, ids_B: Ids, view: str) -> _Rows:
+    def _view(self, epoch: int, ids_B: Ids, view: str) -> Rows:
         options, count = self._options, len(ids_B)
         widths_B, heights_B = self._train.sizes(ids_B)
         windows_B4 = draws.windows(
@@ -262,7 +190,7 @@ class DaliData:
         if options.augment == "pskd-imagenet":
             maps_B37 = colour.maps(self._seed, epoch, ids_B, view)
         size_B2 = np.full((count, 2), options.size_at(epoch), np.float32)
-        return _Rows(
+        return Rows(
             self._train.paths(ids_B),
             windows_B4,
             np.zeros((count, 2), np.float32),
@@ -272,7 +200,7 @@ class DaliData:
             self._train.labels_N[ids_B],
         )
 
-    def _validation_rows(self, ids_B: Ids) -> _Rows:
+    def _validation_rows(self, ids_B: Ids) -> Rows:
         """Whole images, the shorter side resized; the centre is cut out afterwards."""
         widths_B, heights_B = self._validation.sizes(ids_B)
         # As torchvision's Resize: the longer side is rounded down.
@@ -283,7 +211,7 @@ class DaliData:
         room_B2 = size_B2 - self._options.image_size
         centre_B2 = np.rint(room_B2 / 2) / np.maximum(room_B2, 1)
         count = len(ids_B)
-        return _Rows(
+        return Rows(
             self._validation.paths(ids_B),
             np.zeros((count, 4), np.int32),
             centre_B2.astype(np.float32),
@@ -293,7 +221,7 @@ class DaliData:
             self._validation.labels_N[ids_B],
         )
 
-    def _graph(self, rows: Iterator[_Rows], batch_size: int, whole: bool) -> Any:
+    def _graph(self, rows: Iterator[Rows], batch_size: int, whole: bool) -> Any:
         pipeline = make_pipeline(
             lambda: next(rows).feed(whole),
             self._options,
@@ -344,7 +272,7 @@ class DaliData:
             log.error("%s: a grey image of weight 0 takes its place", what)
         return tuple(bad)
 
-    def _undecodable(self, rows: _Rows, whole: bool) -> list[int]:
+    def _undecodable(self, rows: Rows, whole: bool) -> list[int]:
         """Rows that fail alone, in a pipeline of one row."""
         bad: list[int] = []
         while True:
@@ -357,68 +285,3 @@ class DaliData:
                 return bad
             except RuntimeError:
                 bad.append(row)
-
-
-def make_pipeline(
-    source: Callable[[], tuple[Any, ...]],
-    options: ImageOptions,
-    batch_size: int,
-    *,
-    device_id: int | None,
-    largest: tuple[int, ...],
-    whole: bool,
-) -> Any:
-    """The graph: read, decode a window (`whole`: all of it), resize, mirror, normalise.
-
-    Not built yet. largest: width and height of the largest image, for the decoder's buffers.
-    Outputs: images float32 in the layout asked for, labels int64, colour maps float32.
-    """
-    decoder: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if options.mixed:
-        decoder |= {
-            "device": "mixed",
-            "hw_decoder_load": options.hw_decoder_load,
-            "jpeg_fancy_upsampling": True,  # as the CPU's decoder does
-            "preallocate_width_hint": largest[0],
-            "preallocate_height_hint": largest[1],
-        }
-    plain = options.augment == "standard" or whole
-    mean = [255 * m for m in colour.MEAN] if plain else [0.0]
-    std = [255 * s for s in colour.STD] if plain else [255.0]
-
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=options.threads,
-        device_id=device_id,
-        prefetch_queue_depth=options.prefetch,
-    )
-    with pipeline:
-        path, label, maps, size, mirror, first, second = fn.external_source(
-            source, num_outputs=7, batch=True
-        )
-        # Read by DALI's threads, several at a time; its mapped files would open one by one.
-        encoded = fn.io.file.read(path, dont_use_mmap=True)
-        if whole:
-            image = fn.decoders.image(encoded, **decoder)
-        else:
-            image = fn.decoders.image_slice(
-                encoded, start=first, shape=second, axis_names="HW", **decoder
-            )
-        if device_id is not None:
-            image, label, maps = image.gpu(), label.gpu(), maps.gpu()
-        image = fn.resize(
-            image, size=size, interp_type=_INTERPOLATIONS[options.interpolation], antialias=True
-        )
-        image = fn.crop_mirror_normalize(
-            image,
-            crop=(options.image_size, options.image_size) if whole else None,
-            crop_pos_y=first if whole else None,
-            crop_pos_x=second if whole else None,
-            mirror=mirror,
-            dtype=types.FLOAT,
-            mean=mean,
-            std=std,
-            output_layout="HWC" if options.channels_last else "CHW",
-        )
-        pipeline.set_outputs(image, label, maps)
-    return pipeline

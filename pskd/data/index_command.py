@@ -14,6 +14,7 @@ from pskd.data import index as indexes
 from pskd.data.folder import as_text, names_in, shown
 from pskd.data.headers import Progress
 from pskd.data.index import Index, Labels
+from pskd.data.index_check import check_same_classes, verify
 from pskd.data.labels import GroundTruth, PathList
 from pskd.errors import PskdError
 
@@ -43,7 +44,7 @@ def reports(arguments: argparse.Namespace) -> Iterator[str]:
     yield _report(train, arguments.verify)
     validation = _index(directory / "val", labels, arguments)
     yield _report(validation, arguments.verify)
-    indexes.check_same_classes(train, validation)
+    check_same_classes(train, validation)
 
 
 def _labels(arguments: argparse.Namespace) -> Labels | None:
@@ -84,7 +85,7 @@ def _index(root: Path, labels: Labels | None, arguments: argparse.Namespace) -> 
 
 def _verify(index: Index, workers: int | None) -> None:
     with bar(f"verify {index.root.name}") as progress:
-        different = indexes.verify(index, workers=workers, progress=progress)
+        different = verify(index, workers=workers, progress=progress)
     if different:
         again = indexes.command(index.root, index.labels_from)
         raise PskdError(
