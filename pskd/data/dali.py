@@ -21,11 +21,13 @@ from torch.utils.dlpack import from_dlpack
 
 from pskd import draws
 from pskd.data import colour
+from pskd.data.bad_images import Probe, left_out, remedies, unreadable
 from pskd.data.batch import Batch
 from pskd.data.graph import ImageOptions, Rows, joined, make_pipeline
-from pskd.data.imagefolder import FolderCatalog
+from pskd.data.imagefolder import EncodedSplit, FolderCatalog
+from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
-from pskd.errors import PskdError
+from pskd.errors import CommonError, PskdError
 from pskd.order import Ids, MicroBatch, Walk
 
 log = logging.getLogger("pskd")
@@ -67,41 +69,54 @@ class DaliData:
         self._peer = peer
         self._pipeline: Any = None
         self._walk: Walk | None = None
+        self._suspects: set[int] = set()  # failed before: looked at alone, before they are fed
+        self._grey: dict[tuple[int, int, int], tuple[int, ...]] = {}  # rows, by micro-batch
         indices = (catalog.train.index, catalog.validation.index)
         self._largest = tuple(
             max(int(getattr(index, name).max()) for index in indices)
             for name in ("widths_N", "heights_N")
         )
+        self._device_id = device.index if device.type == "cuda" else None
+        self._probe = self._make_probe(whole=False)
 
     def begin(self, walk: Walk, epoch: int, step: int) -> None:
         """Read ahead from this step on."""
         self._walk = walk
-        self._start(epoch, step, 0, ())
+        self._start(epoch, step, 0, None)
 
     def train_batch(self, micro: MicroBatch) -> Batch:
         """The samples of the next micro-batch. On the CPU, valid until the next call.
 
         Raises:
-            PskdError: an image cannot be decoded; names path, id, epoch and step.
+            PskdError: an image cannot be read or decoded; names path, id, epoch and step.
         """
-        absent: tuple[int, ...] = ()
+        key = (micro.epoch, micro.step, micro.micro)
         try:
             images, labels, maps = self._outputs(self._pipeline)
         except RuntimeError as error:
-            bad = self._refuse_or_replace(micro, error)
-            self._start(micro.epoch, micro.step, micro.micro, bad)
+            rows = next(self._rows_of(iter([micro]), ()))
+            bad = self._probe.failing(rows, list(range(len(rows.paths))))
+            if not bad:
+                raise
+            self._refuse_or_say(micro, bad, error)
+            self._suspects |= {self._ids(micro)[row] for row in bad}
+            self._start(*key, bad)
             images, labels, maps = self._outputs(self._pipeline)
-            absent = tuple(sorted({row % len(micro.ids_B) for row in bad}))
+            self._grey.pop(key)
+        else:
+            bad = self._grey.pop(key, ())
+            self._refuse_or_say(micro, bad, None)
+        absent = tuple(sorted({row % len(micro.ids_B) for row in bad}))
         if self._options.augment == "pskd-imagenet":
             images = colour.apply(maps, images)
         size = len(micro.ids_B)
-        weight_B = torch.ones(size)
+        weight_B = np.ones(size, np.float32)
         weight_B[list(absent)] = 0
         return Batch(
             ids_B=torch.from_numpy(micro.ids_B),
             images_BCHW=images[:size],
             labels_B=labels[:size],
-            weight_B=weight_B.to(self._device, non_blocking=True),
+            weight_B=to_device(weight_B, self._device),
             peer_BCHW=images[size:] if self._peer is not None else None,
             absent=absent,
         )
@@ -122,38 +137,52 @@ class DaliData:
         ]
         if not batches:
             return
-        rows = map(self._validation_rows, batches)
-        pipeline = self._graph(rows, batch_size, whole=True)
+        pipeline = self._graph(map(self._validation_rows, batches), batch_size, whole=True)
         for ids_B in batches:
             try:
                 images, labels, _ = self._outputs(pipeline)
             except RuntimeError as error:
-                bad = self._undecodable(self._validation_rows(ids_B), whole=True)
+                rows = self._validation_rows(ids_B)
+                bad = self._make_probe(whole=True).failing(rows, list(range(len(ids_B))))
                 if not bad:
                     raise
-                path = self._validation.path(int(ids_B[bad[0]]))
+                sample = int(ids_B[bad[0]])
+                what = f"validation image {self._validation.path(sample)} (sample {sample})"
+                self._refuse_if_gone(self._validation, sample, what, error)
                 raise PskdError(
-                    f"validation image {path} (sample {ids_B[bad[0]]}) cannot be decoded. Mend it, "
-                    f"or leave it out: `pskd index {self._validation.index.root} --drop-bad "
-                    "--verify`."
+                    f"{what} cannot be decoded. {remedies(self._validation, sample)} "
+                    f"{left_out(self._validation)}"
                 ) from error
             yield images, labels
+
+    def expect_bad(self, samples: list[int]) -> None:
+        """These have failed before, on whatever rank: meeting them shall not cost a new start."""
+        self._suspects |= set(samples)
+
+    def name(self, sample: int) -> str:
+        """Path of a training sample."""
+        return self._train.path(sample)
 
     def close(self) -> None:
         """End DALI's threads."""
         self._pipeline = None
+        self._probe = self._make_probe(whole=False)
 
-    def _start(self, epoch: int, step: int, micro: int, bad: tuple[int, ...]) -> None:
-        """A pipeline that begins with this micro-batch; `bad` rows of it are grey."""
+    def _start(self, epoch: int, step: int, micro: int, bad: tuple[int, ...] | None) -> None:
+        """A pipeline that begins with this micro-batch; `bad`: see `_rows_of`."""
         assert self._walk is not None, "begin comes first"
         rows = self._walk.plan.largest_micro_batch * (2 if self._peer is not None else 1)
         self._pipeline = None  # its memory first
+        self._grey.clear()
         self._pipeline = self._graph(
             self._rows_of(self._walk.start(epoch, step, micro), bad), rows, whole=False
         )
 
-    def _rows_of(self, micros: Iterator[MicroBatch], bad: tuple[int, ...]) -> Iterator[Rows]:
-        """What each micro-batch needs; `bad` rows of the first are grey."""
+    def _rows_of(self, micros: Iterator[MicroBatch], bad: tuple[int, ...] | None) -> Iterator[Rows]:
+        """What each micro-batch needs; rows that are known to fail are grey.
+
+        bad: those of the first, where they are known; else suspects are looked at.
+        """
         for group in _groups(micros):
             epoch, ids = group[0].epoch, np.concatenate([micro.ids_B for micro in group])
             views = [self._view(epoch, ids, "")]
@@ -164,11 +193,30 @@ class DaliData:
                 part = slice(first, first + len(micro.ids_B))
                 first = part.stop
                 rows = joined([view.part(part) for view in views])
+                if bad is None:
+                    bad = self._failing_suspects(micro, rows)
+                if bad:
+                    self._grey[micro.epoch, micro.step, micro.micro] = bad
                 for row in bad:
                     rows.paths[row] = _GREY
                     rows.windows_R4[row] = _GREY_WINDOW
-                bad = ()
+                bad = None
                 yield rows
+
+    def _failing_suspects(self, micro: MicroBatch, rows: Rows) -> tuple[int, ...]:
+        """A window may miss an image's damage, so each is tried."""
+        if not self._suspects:
+            return ()
+        ids = self._ids(micro)
+        places = [row for row, sample in enumerate(ids) if sample in self._suspects]
+        return self._probe.failing(rows, places)
+
+    def _ids(self, micro: MicroBatch) -> list[int]:
+        """Of the rows of a micro-batch."""
+        ids: list[int] = micro.ids_B.tolist()
+        if self._peer is not None:
+            ids += self._peer(micro.epoch, micro.ids_B).tolist()
+        return ids
 
     def _view(self, epoch: int, ids_B: Ids, view: str) -> Rows:
         options, count = self._options, len(ids_B)
@@ -226,12 +274,15 @@ class DaliData:
             lambda: next(rows).feed(whole),
             self._options,
             batch_size,
-            device_id=self._device.index if self._device.type == "cuda" else None,
+            device_id=self._device_id,
             largest=self._largest,
             whole=whole,
         )
         pipeline.build()
         return pipeline
+
+    def _make_probe(self, whole: bool) -> Probe:
+        return Probe(self._options, device_id=self._device_id, largest=self._largest, whole=whole)
 
     def _outputs(self, pipeline: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and colour maps of the next batch, on the training device."""
@@ -246,42 +297,38 @@ class DaliData:
             images = images.permute(0, 3, 1, 2)
         return images, labels, maps
 
-    def _refuse_or_replace(self, micro: MicroBatch, error: RuntimeError) -> tuple[int, ...]:
-        """Which rows of the batch cannot be decoded.
+    def _refuse_or_say(
+        self, micro: MicroBatch, bad: tuple[int, ...], error: RuntimeError | None
+    ) -> None:
+        """Say which rows of a micro-batch cannot be decoded.
 
         Raises:
-            PskdError: they are not to be replaced.
-            RuntimeError: it is something else.
+            PskdError: they are not to be replaced, or files have gone.
         """
-        bad = self._undecodable(next(self._rows_of(iter([micro]), ())), whole=False)
-        if not bad:
-            raise error
-        ids = micro.ids_B.tolist()
-        if self._peer is not None:
-            ids += self._peer(micro.epoch, micro.ids_B).tolist()
+        ids = self._ids(micro)
+        where = f"in epoch {micro.epoch}, step {micro.step}"
         for row in bad:
-            what = (
-                f"image {self._train.path(ids[row])} (sample {ids[row]}) cannot be decoded, in "
-                f"epoch {micro.epoch}, step {micro.step}"
-            )
+            sample = ids[row]
+            what = f"image {self._train.path(sample)} (sample {sample})"
+            self._refuse_if_gone(self._train, sample, f"{what}, {where},", error)
             if self._options.on_bad_image == "stop":
                 raise PskdError(
-                    f"{what}. Mend it, leave it out (`pskd index {self._train.index.root} "
-                    "--drop-bad --verify`), or set data.on_bad_image substitute in a new run."
+                    f"{what} cannot be decoded, {where}. {remedies(self._train, sample)} Or set "
+                    "data.on_bad_image substitute: the run goes on with a grey image of weight 0 "
+                    f"in its place. {left_out(self._train)}"
                 ) from error
-            log.error("%s: a grey image of weight 0 takes its place", what)
-        return tuple(bad)
+            log.error(
+                "%s cannot be decoded, %s: a grey image of weight 0 takes its place", what, where
+            )
 
-    def _undecodable(self, rows: Rows, whole: bool) -> list[int]:
-        """Rows that fail alone, in a pipeline of one row."""
-        bad: list[int] = []
-        while True:
-            first = bad[-1] + 1 if bad else 0
-            singles = (rows.part(slice(row, row + 1)) for row in range(first, len(rows.paths)))
-            pipeline = self._graph(singles, 1, whole)
-            try:
-                for row in range(first, len(rows.paths)):  # noqa: B007  (named in the handler)
-                    pipeline.run()
-                return bad
-            except RuntimeError:
-                bad.append(row)
+    @staticmethod
+    def _refuse_if_gone(
+        split: EncodedSplit, sample: int, what: str, error: RuntimeError | None
+    ) -> None:
+        """A file that has gone is no bad image: with it, the whole folder may be away."""
+        reason = unreadable(split.path(sample))
+        if reason is not None:
+            raise CommonError(
+                f"{what} cannot be read: {reason}. Bring the images back (is {split.index.root} "
+                "mounted?) and start again, the run goes on."
+            ) from error

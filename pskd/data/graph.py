@@ -93,10 +93,12 @@ def make_pipeline(
     device_id: int | None,
     largest: tuple[int, ...],
     whole: bool,
+    ahead: int | None = None,
 ) -> Any:
     """The graph: read, decode a window (`whole`: all of it), resize, mirror, normalise.
 
     Not built yet. largest: width and height of the largest image, for the decoder's buffers.
+    ahead: batches decoded ahead, else as the options say.
     Outputs: images float32 in the layout asked for, labels int64, colour maps float32.
     """
     decoder: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
@@ -116,7 +118,7 @@ def make_pipeline(
         batch_size=batch_size,
         num_threads=options.threads,
         device_id=device_id,
-        prefetch_queue_depth=options.prefetch,
+        prefetch_queue_depth=ahead or options.prefetch,
     )
     with pipeline:
         path, label, maps, size, mirror, first, second = fn.external_source(

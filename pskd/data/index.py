@@ -88,6 +88,14 @@ class Index:
         return os.fsdecode(self._prefix + self.relative(sample))
 
     @cached_property
+    def samples(self) -> str:
+        """sha256 over classes, paths and labels: what a run is bound to. A file may be mended."""
+        digest = hashlib.sha256(json.dumps([self.class_names, len(self)]).encode())
+        for array in (self.paths, self.offsets_N, self.labels_N):
+            digest.update(array.data)
+        return digest.hexdigest()
+
+    @cached_property
     def _prefix(self) -> bytes:
         return os.fsencode(self.root / "_")[:-1]
 
