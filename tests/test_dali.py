@@ -1171,9 +1171,10 @@ def test_pipelines_that_failed_leave_no_thread(small):
     most = absent = 0
     for _, batch in batches(catalog, options, plan=Plan(24, 8), epochs=4):
         absent += len(batch.absent)
-        most = max(most, settled(before + 20))
+        most = max(most, settled(before + 28))
     assert absent == 12
-    assert most <= before + 20, "a rebuilt pipeline stands beside the one it replaces"
+    # A pipeline of 5 decoding threads, and the one of one row that tries single images.
+    assert most <= before + 28, "a rebuilt pipeline stands beside the one it replaces"
     assert settled(before) <= before
 
 
