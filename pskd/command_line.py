@@ -18,6 +18,7 @@ import jsonargparse
 
 from pskd import recipe
 from pskd.config import Config, section_types
+from pskd.effect import ignored
 from pskd.errors import PskdError
 from pskd.fields import known
 from pskd.methods.sections import SECTIONS
@@ -88,8 +89,35 @@ def resolve(argv: list[str]) -> Config:
         raise SystemExit(0)
     for layer in layers:
         _check_keys(layer, method)
+    config = _configured(layers, method)
+    overruled = _overruled(layers, config)
+    if not overruled:
+        return config
+    kept = [_Layer(k.source, [t for t in k.tokens if _key(t) not in overruled]) for k in layers]
+    return _configured(kept, method)
+
+
+def _configured(layers: list[_Layer], method: str) -> Config:
     values = _parse([token for layer in layers for token in layer.tokens], method)
     return Config(**{s: kind(**values[s]) for s, kind in section_types(SECTIONS[method])})
+
+
+def _overruled(layers: list[_Layer], config: Config) -> set[str]:
+    """Options that a later layer leaves without effect: as that of another method's, they go.
+
+    What has none by its own layer is refused by `Config.check`.
+    """
+    place = {_key(token): number for number, layer in enumerate(layers) for token in layer.tokens}
+    return {
+        key
+        for key, by, _ in ignored(config.flat())
+        if place.get(key, -1) < max(place.get(name, -1) for name in by)
+    }
+
+
+def _key(token: str) -> str:
+    """`section.field` of a flag; KEY+ appends to a list."""
+    return token.partition("=")[0].removeprefix("--").removesuffix("+")
 
 
 def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
@@ -183,7 +211,7 @@ def _check_keys(layer: _Layer, method: str) -> None:
         if not token.startswith("--"):
             raise PskdError(f"'{token}' is not a flag. Use --section.field VALUE; see --help.")
         name = token.partition("=")[0].removeprefix("--")
-        if name.removesuffix("+") not in _keys(method):  # KEY+ appends to a list
+        if _key(token) not in _keys(method):
             raise PskdError(prefix + _unknown_key(name, method))
         if "=" not in token:
             raise PskdError(f"--{name} needs a value: --{name} VALUE.")

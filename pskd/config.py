@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from pskd.data.catalog import DATASETS, FOLDER
+from pskd.effect import ignored
 from pskd.fields import TAGS, content, known, numerics, output, require, speed
 from pskd.methods.sections import MethodSection
 from pskd.models import MODELS
@@ -83,7 +84,7 @@ class DataSection:
     interpolation: Literal["linear", "cubic", "lanczos"] = numerics(
         "linear", "folder: how images are resized, anti-aliased"
     )
-    on_bad_image: Literal["stop", "substitute"] = numerics(
+    on_bad_image: Literal["stop", "substitute"] = output(  # a run that had none is not changed
         "stop",
         "folder: an image that cannot be decoded stops the run, or is a grey one of weight 0",
     )
@@ -401,12 +402,20 @@ class Config:
 
     def check(self) -> None:
         """All sections, then what depends on two of them."""
-        for tag in TAGS:
-            for key, value in self.values(tag).items():
-                finite = not isinstance(value, float) or math.isfinite(value)
-                require(finite, key, value, "use a finite number.")
+        for key, value in self.flat().items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            require(finite, key, value, "use a finite number.")
         for section, _ in section_types(type(self.method)):
             getattr(self, section).check()
+        values, defaults = self.flat(), self.defaults()
+        for key, by, reason in ignored(values):
+            causes = ", ".join(f"{name} {values[name]}" for name in by if name in values)
+            require(
+                values[key] == defaults[key],
+                key,
+                values[key],
+                f"nothing reads it with {causes}: {reason}. Leave it out.",
+            )
         require(
             self.schedule.warmup_epochs < self.train.epochs,
             "schedule.warmup_epochs",
@@ -440,6 +449,10 @@ class Config:
             for section, kind in section_types(type(self.method))
             for f in dataclasses.fields(kind)
         }
+
+    def flat(self) -> dict[str, Any]:
+        """Flat `section.field` -> value of every field."""
+        return {key: value for tag in TAGS for key, value in self.values(tag).items()}
 
     def values(self, tag: str) -> dict[str, Any]:
         """Flat `section.field` -> value of the fields with this tag."""

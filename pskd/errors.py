@@ -20,6 +20,10 @@ class AgreedError(PskdError):
     """The same failure, known on every rank: rank 0 prints it, all end with exit code 1."""
 
 
+class CommonError(PskdError):
+    """What other ranks are about to meet as well, each for itself: the first of them speaks."""
+
+
 class DamagedError(PskdError):
     """A file is missing, cut short or not what it was, so an older one may have to do.
 

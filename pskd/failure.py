@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pskd.config import TrainSection
-from pskd.errors import AgreedError, PskdError
+from pskd.errors import AgreedError, CommonError, PskdError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -36,6 +36,8 @@ def understand(error: BaseException, train: TrainSection) -> Failure:
     match error:
         case AgreedError():
             return Failure(text, "rank 0")
+        case CommonError():
+            return Failure(text, "first")
         case PskdError():
             return Failure(text, "this")
         case KeyboardInterrupt():

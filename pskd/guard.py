@@ -24,13 +24,15 @@ class Verdict(NamedTuple):
     """Of one step, equal on all ranks.
 
     stop: some rank was asked to. bad: some loss is not finite. loss: mean of the global batch.
-    save: some rank (rank 0) found that it is time for a checkpoint.
+    save: some rank (rank 0) found that it is time for a checkpoint. absent: samples of the global
+    batch that a grey image stood in for.
     """
 
     stop: bool
     bad: bool
     loss: float
     save: bool
+    absent: int
 
 
 class StopRequest:
@@ -66,17 +68,17 @@ class Guard:
         # On a GPU the loss is on the device, so it is reduced there, by NCCL.
         self._on_gpu = world.device.type == "cuda"
         self._group = None if self._on_gpu else world.control
-        self._flags = torch.zeros(4, dtype=torch.float64, device=world.device)
-        self._host = torch.zeros(4, dtype=torch.float64, pin_memory=self._on_gpu)
+        self._flags = torch.zeros(5, dtype=torch.float64, device=world.device)
+        self._host = torch.zeros(5, dtype=torch.float64, pin_memory=self._on_gpu)
         self._copied: torch.Event | None = torch.Event("cuda") if self._on_gpu else None
         self._work: dist.Work | None = None
 
-    def submit(self, stop: bool, save: bool, loss: Tensor) -> None:
+    def submit(self, stop: bool, save: bool, loss: Tensor, absent: int = 0) -> None:
         """Send this rank's share of a step; `loss`: scalar on the device, mean over ranks."""
         loss = loss.detach().double()
         bad = (~torch.isfinite(loss)).double()
-        asked = (torch.full_like(loss, float(flag)) for flag in (stop, save))
-        self._flags = torch.stack((*asked, bad, loss))
+        told = (torch.full_like(loss, float(value)) for value in (stop, save, absent))
+        self._flags = torch.stack((*told, bad, loss))
         self._work = dist.all_reduce(self._flags, group=self._group, async_op=True)
         if self._copied is not None and self._work is not None:
             self._work.wait()  # the stream waits, the host does not
@@ -92,5 +94,5 @@ class Guard:
             self._work.wait()
             self._host = self._flags
         self._work = None
-        stop, save, bad, loss = self._host.tolist()
-        return Verdict(stop > 0, bad > 0, loss / self._size, save > 0)
+        stop, save, absent, bad, loss = self._host.tolist()
+        return Verdict(stop > 0, bad > 0, loss / self._size, save > 0, int(absent))

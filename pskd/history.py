@@ -9,7 +9,8 @@ class History:
     """Part of every checkpoint.
 
     lines: of metrics.jsonl. best: the line of lowest top-1 error, the earliest of equals.
-    loss_sum, samples: over the steps of the epoch in progress. absent: ids of images that could
+    loss_sum, samples: over the steps of the epoch in progress. grey: samples of it, of all ranks,
+    that a grey image stood in for. absent: ids of images that could
     not be decoded, of this rank only until they are gathered.
     """
 
@@ -17,6 +18,7 @@ class History:
     best: dict[str, Any] | None = None
     loss_sum: float = 0.0
     samples: int = 0
+    grey: int = 0
     absent: list[int] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from pskd.errors import EXIT_FAILED, AgreedError
 from pskd.failure import repeats, understand
 from pskd.fields import TAGS
 from pskd.history import History
-from pskd.loading import AnyCatalog, loader, mixer, preprocessing, samples
+from pskd.loading import AnyCatalog, input_sizes, loader, mixer, preprocessing, samples
 from pskd.methods import registry
+from pskd.models.probe import check_takes
 from pskd.order import Plan
 from pskd.restore import Identity, Parts, resume
 from pskd.run_dir import RunDir, Start, Status
@@ -63,13 +64,14 @@ class _Job:
         threads = world.set_threads(config.run.threads, here)
         _compare_configurations(config, here)
         catalog, plan = samples(config, here)
+        model = _network(config, catalog, here)
         settings = _deepspeed_settings(config, plan, here)
         directory, sites = open_directory(config, settings, here)
         self.path = directory.path
         start, origin = register_start(config, settings, here, directory, sites, threads)
         self.start = start.number
         trainer, position = _prepare(
-            config, settings, here, sites, catalog, plan, directory, start, origin
+            config, settings, here, sites, catalog, plan, model, directory, start, origin
         )
         code = trainer.run(position)
         trainer.data.close()
@@ -133,12 +135,14 @@ def _prepare(
     sites: Sites,
     catalog: AnyCatalog,
     plan: Plan,
+    model: torch.nn.Module,
     directory: RunDir,
     start: Start,
     origin: Origin | None,
 ) -> tuple[Trainer, Position]:
     """Build every part, and bring it to where the run was left."""
-    model = _initial(config, catalog.num_classes, directory, here).to(here.device)
+    _initialise(model, config, directory, here)
+    model.to(here.device)
     if config.model.sync_batchnorm:
         if here.device.type != "cuda":
             raise AgreedError("model.sync_batchnorm true works on GPUs only: leave it out.")
@@ -200,10 +204,18 @@ def _prepare(
     return trainer, position
 
 
-def _initial(config: Config, num_classes: int, directory: RunDir, here: World) -> torch.nn.Module:
-    """The network as training begins, the same on every rank."""
+def _network(config: Config, catalog: AnyCatalog, here: World) -> torch.nn.Module:
+    """Freshly initialised, the same on every rank; one that takes the images."""
     torch.manual_seed(config.train.seed)
-    model = models.build(config.model.name, num_classes)
+    model = models.build(config.model.name, catalog.num_classes)
+    sizes, key = input_sizes(config.data, catalog)
+    with here.together():
+        check_takes(model, config.model.name, sizes, key)
+    return model
+
+
+def _initialise(model: torch.nn.Module, config: Config, directory: RunDir, here: World) -> None:
+    """The weights that training begins with, if a file names them."""
     section = config.model
     begun = here.broadcast(Checkpoints(directory.checkpoints, 1).exist())
     if section.init is not None and not begun:  # else a checkpoint brings the weights
@@ -216,7 +228,6 @@ def _initial(config: Config, num_classes: int, directory: RunDir, here: World) -
                 f"model.init {section.init} holds other weights on ranks {odd} than on rank 0. "
                 "Give every node the same file."
             )
-    return model
 
 
 def _check_disk(config: Config, parts: Parts, directory: RunDir, here: World, sites: Sites) -> None:

@@ -36,6 +36,8 @@ def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
         with here.together():
             if turn == now:
                 catalog = _catalog(config.data)
+    with here.together():
+        _check_classes(config.data, catalog)
     plan = Plan(
         n=len(catalog.train),
         global_batch=config.train.batch_size,
@@ -55,6 +57,24 @@ def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
     return catalog, plan
 
 
+def _check_classes(section: DataSection, catalog: AnyCatalog) -> None:
+    if catalog.num_classes < 2:
+        raise PskdError(
+            f"data.name {section.name} has only the class {catalog.class_names[0]!r}: there is "
+            "nothing to tell apart. Give it 2 classes or more; of a folder, data.root must hold "
+            "train/<class>/*."
+        )
+
+
+def input_sizes(section: DataSection, catalog: AnyCatalog) -> tuple[set[tuple[int, int]], str]:
+    """(height, width) of all images that the network will see, and the key that changes them."""
+    if isinstance(catalog, Catalog):
+        splits = (catalog.train, catalog.validation)
+        return {split.images_NHWC.shape[1:3] for split in splits}, "data.pad_to"
+    sides = {section.image_size, *(size for _, size in section.resize_schedule)}
+    return {(side, side) for side in sides}, "data.image_size"
+
+
 def loader(config: Config, here: World, catalog: AnyCatalog, *, peers: bool) -> Data:
     """What turns ids into batches on this rank's device. peers: see `Method.needs_peers`."""
     section, seed = config.data, config.train.seed
@@ -62,7 +82,8 @@ def loader(config: Config, here: World, catalog: AnyCatalog, *, peers: bool) -> 
     if isinstance(catalog, Catalog):
         padding = section.crop_padding
         return ArrayData(catalog, here.device, seed, padding, section.flip, peer)
-    from pskd.data.dali import DaliData, ImageOptions  # noqa: PLC0415  (DALI is optional otherwise)
+    from pskd.data.dali import DaliData  # noqa: PLC0415  (DALI is optional otherwise)
+    from pskd.data.graph import ImageOptions  # noqa: PLC0415
 
     gpu = here.device.type == "cuda"
     cores = len(os.sched_getaffinity(0))

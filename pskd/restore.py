@@ -37,7 +37,8 @@ class Identity:
         if state["data_fingerprint"] != self.data_fingerprint:
             raise PskdError(
                 f"the run was trained on other samples (fingerprint {state['data_fingerprint']}, "
-                f"now {self.data_fingerprint}). Bring back the data, or start a new run."
+                f"now {self.data_fingerprint}). Bring back the data (of a folder: the same files, "
+                "none added, removed, renamed or left out), or start a new run."
             )
 
 

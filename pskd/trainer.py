@@ -34,12 +34,15 @@ from pskd.world import World
 
 log = logging.getLogger("pskd")
 
+MOST_GREY = 0.1  # of the samples of an epoch: with more bad images it is the data that are bad
+
 
 @dataclass
 class _Step:
     """A trained step whose verdict is not known yet.
 
-    ids_B: this rank's samples. strangers: places whose predictions are not remembered.
+    ids_B: this rank's samples. strangers: places whose predictions are not remembered. absent:
+    ids of samples that a grey image stood in for.
     """
 
     epoch: int
@@ -48,6 +51,7 @@ class _Step:
     loss_B: Tensor
     remember_BC: Tensor | None
     strangers: list[int]
+    absent: list[int]
 
 
 @dataclass
@@ -89,6 +93,7 @@ class Trainer:
         """Train from `position` on; returns the exit code."""
         first_step = position.step
         walk = Walk(self.plan, self.config.train.seed, self.config.train.epochs, self.world.rank)
+        self.data.expect_bad(self.history.absent)
         self.data.begin(walk, *position)
         with self._stop.listening():
             self._begin(position)
@@ -128,7 +133,7 @@ class Trainer:
                 self._settle()
                 self._pending = trained
                 stop, due = self._stop.signal is not None, self.saver.due_by_time()
-                self._guard.submit(stop, due, trained.loss_B.sum())
+                self._guard.submit(stop, due, trained.loss_B.sum(), len(trained.absent))
                 progress.advance(self.plan.batch_size(step), self._loss)
                 self._beat(epoch, step + 1)
                 last = step + 1 == self.plan.steps
@@ -152,12 +157,13 @@ class Trainer:
         lr = self._lr(epoch, step)
         losses, rows, first = [], [], 0
         strangers: list[int] = []
+        absent: list[int] = []
         for micro in micros:
             part = slice(first, first + len(micro.ids_B))
             first = part.stop
             self._seed_generators(epoch, step, micro.micro)
             batch = self.mixer(self.data.train_batch(micro), epoch)
-            self.history.absent += ids_B[part][list(batch.absent)].tolist()
+            absent += ids_B[part][list(batch.absent)].tolist()
             strangers += [first - len(micro.ids_B) + place for place in batch.strangers()]
             output = self.method(self.engine.forward, batch, past and past.part(part))
             loss_B = output.loss_B * batch.weight_B * micro.scale
@@ -165,14 +171,15 @@ class Trainer:
             losses.append(loss_B.detach() / len(micros))
             if output.remember_BC is not None:
                 rows.append(output.remember_BC)
+        self.history.absent += absent
         remember_BC = torch.cat(rows) if rows else None
-        return _Step(epoch, step, ids_B, torch.cat(losses), remember_BC, strangers)
+        return _Step(epoch, step, ids_B, torch.cat(losses), remember_BC, strangers, absent)
 
     def _settle(self) -> None:
         """Read the verdict on the step before; only then do its rows go to the disk.
 
         Raises:
-            AgreedError: a loss was not finite; names epoch, step and samples.
+            AgreedError: a loss was not finite, or too many images were bad.
         """
         step, self._pending = self._pending, None
         if step is None:
@@ -180,6 +187,9 @@ class Trainer:
         verdict = self._guard.read()
         if verdict.bad:
             self._refuse_bad_loss(step)
+        self.history.grey += verdict.absent
+        if verdict.absent:
+            self._refuse_bad_data(step, verdict.absent)
         if self.store is not None and step.remember_BC is not None:
             self._remember(self.store, step.ids_B, step.remember_BC, step.strangers)
         self._loss = verdict.loss
@@ -205,6 +215,22 @@ class Trainer:
             "optimizer.clip_norm, in a new run."
         )
 
+    def _refuse_bad_data(self, step: _Step, absent: int) -> None:
+        """By what all ranks saw of the step and of its epoch: the same on any world."""
+        size = self.plan.batch_size(step.step)
+        if absent == size:
+            what = f"none of the {size} images of a step can be decoded"
+        elif self.history.grey > MOST_GREY * self.plan.trained:
+            what = f"more than {MOST_GREY:.0%} of an epoch's images cannot be decoded"
+        else:
+            return
+        bad = [sample for ids in self.world.gather(step.absent) for sample in ids]
+        raise AgreedError(
+            f"{what}, up to epoch {step.epoch}, step {step.step}, the last of them "
+            f"{self.data.name(bad[0])}: these are not the images that were indexed. Bring them "
+            "back and start again, the run goes on from its last checkpoint."
+        )
+
     def _finish_epoch(self, epoch: int, constants: dict[str, float], rate: float) -> None:
         """Close the generation of predictions, measure, log, save."""
         if self.store is not None:
@@ -218,7 +244,7 @@ class Trainer:
             "images_per_s": round(rate, 1),
             **self._store_waits(epoch),
         }
-        self.history.loss_sum, self.history.samples = 0.0, 0
+        self.history.loss_sum, self.history.samples, self.history.grey = 0.0, 0, 0
         self.history.lines.append(line)
         best, error = self.history.best, line["top1_error"]
         if error is not None and (best is None or error < best["top1_error"]):
@@ -272,6 +298,7 @@ class Trainer:
 
     def _save(self, position: Position) -> None:
         self.saver.save(position)
+        self.data.expect_bad(self.history.absent)  # of all ranks, now
         self._due = False
 
     def _asked_to_stop(self) -> bool:

@@ -4,8 +4,9 @@
     make_folder(Path("/tmp/photos"), classes=10, per_class=100)                     # 60 KB each
     make_folder(Path("/tmp/small"), classes=3, per_class=4, median_side=48)         # for tests
 
-scikit-image's photos are used as well where it is installed. The content depends on the class (a
-region of a photo and a tint), so a network can learn it.
+scikit-image's photos are used as well where it is installed; it is no requirement, as two photos
+do. What matters to a decoder is size, shape, detail and quality, and those are drawn for each file;
+the content depends on the class (a region of a photo and a tint), so a network can learn it.
 """
 
 import io

@@ -208,6 +208,48 @@ def test_a_value_out_of_range_is_refused_by_key_value_and_remedy(argv, parts):
     assert [part for part in parts if part not in message] == []
 
 
+FOLDER = "--data.name=imagefolder"
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "why"),
+    [
+        (["--mixing.name=none", "--mixing.alpha=0.4"], "mixing.alpha", "mixing.name none"),
+        (
+            ["--mixing.name=none", "--mixing.probability=0.5"],
+            "mixing.probability",
+            "mixing.name none",
+        ),
+        (["--erasing.name=none", "--erasing.size=8"], "erasing.size", "erasing.name none"),
+        (["--erasing.name=cutout", "--erasing.ratio=[1, 2]"], "erasing.ratio", "cutout"),
+        (["--erasing.name=random-erasing", "--erasing.size=8"], "erasing.size", "random-erasing"),
+        (["--schedule.name=cosine", "--schedule.milestones=[3]"], "schedule.milestones", "cosine"),
+        (["--schedule.name=cosine", "--schedule.gamma=0.5"], "schedule.gamma", "cosine"),
+        (["--schedule.milestones=[]", "--schedule.gamma=0.5"], "schedule.gamma", "milestones []"),
+        ([FOLDER, "--data.held_out=9", "--data.val_index_path=x"], "data.val_index_path", "held"),
+        (["--method.name=cskd", "--store.encoding=float32"], "store.encoding", "name cskd"),
+        (["--method.teacher=model", "--store.read=pread"], "store.read", "method.teacher model"),
+        (
+            ["--optimizer.weight_decay=0", "--optimizer.decay_norm_and_bias=false"],
+            "optimizer.decay_norm_and_bias",
+            "optimizer.weight_decay 0",
+        ),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused_by_the_option_that_is_why(write, flags, key, why):
+    message = refusal(*flags)
+    assert message.startswith(f"{key} is ")
+    assert "nothing reads it with " in message
+    assert why in message
+    # Given before by a recipe or file, it goes; and what is left is read back.
+    *by, given = flags
+    section, _, name = key.partition(".")
+    before = write(f"{section}: {{{name}: {given.partition('=')[2]}}}")
+    config = configured("--config", before, *by)
+    assert config.flat()[key] == config.defaults()[key]
+    assert configured("--config", write(config.to_yaml(), "saved.yaml")) == config
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,8 @@ from torchvision.transforms import functional as F
 
 from pskd import draws
 from pskd.data import colour, imagefolder
-from pskd.data.dali import DaliData, ImageOptions, make_pipeline
+from pskd.data.dali import DaliData
+from pskd.data.graph import ImageOptions, make_pipeline
 from pskd.data.views import PEER
 from pskd.errors import PskdError
 from pskd.order import Plan, Walk
@@ -545,7 +547,9 @@ def damage(path, kind):
         raise ValueError(kind)
 
 
-DAMAGES = (*BAD_BODIES, *BAD_HEADERS, "missing", "a folder", "header only", "smaller")
+UNDECODABLE = (*BAD_BODIES, *BAD_HEADERS, "header only", "smaller")
+GONE = ("missing", "a folder")
+DAMAGES = (*UNDECODABLE, *GONE)
 
 
 def place_of(catalog, plan, sample, epoch=0):
@@ -577,9 +581,14 @@ def test_a_bad_image_stops_and_is_named(small, kind):
                 seen[micro.epoch, sample] = digest(image)
     text = str(caught.value)
     assert f"image {path} (sample {bad})" in text
-    assert f"in epoch 0, step {step_before}" in text
-    assert "--drop-bad" in text
-    assert "data.on_bad_image substitute" in text
+    assert re.search(rf"in epoch 0, step {step_before}\b", text)
+    if kind in GONE:
+        assert "cannot be read: " in text
+        assert f"is {catalog.train.index.root} mounted?" in text
+    else:
+        assert "--drop-bad --verify`) makes another data set: a new run" in text
+        assert "data.on_bad_image substitute: the run goes on" in text
+        assert ("9x7 pixels, in its index" in text) == (kind == "smaller")
     # What lies before it was delivered, and right.
     assert len(seen) == 8 * step_before
     assert seen.items() <= clean.items()
@@ -599,7 +608,7 @@ def test_a_bad_image_that_is_met_in_a_later_epoch_names_that(small):
                 damage(Path(catalog.train.path(bad)), "empty")
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("kind", UNDECODABLE)
 @pytest.mark.parametrize("augment", ["standard", "pskd-imagenet"])
 def test_a_bad_image_is_substituted_and_no_other_sample_notices(small, kind, augment, caplog):
     catalog, _ = small
@@ -659,7 +668,7 @@ def test_bad_images_anywhere_are_substituted(small, where, prefetch):
     options = replace(WHOLE, on_bad_image="substitute", prefetch=prefetch)
     clean = hashes(catalog, options, plan=plan)
     bad = {sample_at(plan, *place) for place in WHERE[where]}
-    kinds = (*BAD_BODIES, *BAD_HEADERS, "missing")
+    kinds = (*BAD_BODIES, *BAD_HEADERS)
     for number, sample in enumerate(sorted(bad)):
         damage(Path(catalog.train.path(sample)), kinds[number % len(kinds)])
     substituted_run(catalog, options, plan, bad, clean)
@@ -787,12 +796,10 @@ def meet_an_unreadable_image():
     path.chmod(0)
     with pytest.raises(PermissionError):
         path.read_bytes()
-    with pytest.raises(PskdError, match="cannot be decoded") as caught:
-        list(batches(catalog, WHOLE, plan=Plan(4, 4)))
-    assert str(path) in str(caught.value)
-    options = replace(WHOLE, on_bad_image="substitute")
-    for _, batch in batches(catalog, options, plan=Plan(4, 4)):
-        assert [batch.ids_B.tolist()[row] for row in batch.absent] == [2]
+    for options in (WHOLE, replace(WHOLE, on_bad_image="substitute")):
+        with pytest.raises(PskdError, match="cannot be read: Permission denied") as caught:
+            list(batches(catalog, options, plan=Plan(4, 4)))
+        assert str(path) in str(caught.value)
 
 
 # Validation takes the whole image, of whatever size.
@@ -807,8 +814,47 @@ def test_a_bad_validation_image_is_refused_by_its_path(small, kind):
         for _, labels in data.validation_batches(0, 1, 5):
             delivered += len(labels)
     assert delivered == 10
-    assert f"validation image {path} (sample 13) cannot be decoded" in str(caught.value)
-    assert "--drop-bad" in str(caught.value)
+    what = "cannot be read: " if kind in GONE else "cannot be decoded"
+    assert f"validation image {path} (sample 13) {what}" in str(caught.value)
+    assert "start again, the run goes on" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", GONE)
+def test_a_file_that_has_gone_stops_even_where_bad_images_are_substituted(small, kind):
+    catalog, _ = small
+    data = DaliData(catalog, CPU, SEED, replace(WHOLE, on_bad_image="substitute", prefetch=1))
+    walk, path = Walk(Plan(24, 8), SEED, 3, 0), Path(catalog.train.path(7))
+    damage(path, "half")
+    data.begin(walk, 0, 0)
+    with pytest.raises(PskdError, match="cannot be read: ") as caught:
+        for micro in walk.start(0, 0):
+            data.train_batch(micro)
+            if (micro.epoch, micro.step) == (1, 2):  # known to be bad, then gone
+                damage(path, kind)
+    assert f"image {path} (sample 7), in epoch 2" in str(caught.value)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_an_image_that_was_bad_before_costs_no_new_pipeline(small, monkeypatch, told):
+    catalog, _ = small
+    damage(Path(catalog.train.path(7)), "half")
+    damage(Path(catalog.train.path(20)), "empty")
+    data = DaliData(catalog, CPU, SEED, replace(WHOLE, on_bad_image="substitute"))
+    starts = []
+    begin = data._start
+    monkeypatch.setattr(data, "_start", lambda *where: (starts.append(where), begin(*where)))
+    if told:  # by another rank, or by a checkpoint
+        data.expect_bad([7, 20])
+    walk = Walk(Plan(24, 8), SEED, 4, 0)
+    data.begin(walk, 0, 0)
+    absent = []
+    for micro in walk.start(0, 0):
+        batch = data.train_batch(micro)
+        absent += [(micro.epoch, batch.ids_B.tolist()[row]) for row in batch.absent]
+    assert sorted(absent) == [(epoch, sample) for epoch in range(4) for sample in (7, 20)]
+    assert starts[0] == (0, 0, 0, None)
+    assert len(starts) in ((1,) if told else (2, 3))  # 2: both in one batch
+    assert all(epoch == 0 for epoch, *_ in starts)
 
 
 def test_an_error_that_no_image_causes_is_not_blamed_on_one(small):
@@ -1125,9 +1171,10 @@ def test_pipelines_that_failed_leave_no_thread(small):
     most = absent = 0
     for _, batch in batches(catalog, options, plan=Plan(24, 8), epochs=4):
         absent += len(batch.absent)
-        most = max(most, settled(before + 20))
+        most = max(most, settled(before + 28))
     assert absent == 12
-    assert most <= before + 20, "a rebuilt pipeline stands beside the one it replaces"
+    # A pipeline of 5 decoding threads, and the one of one row that tries single images.
+    assert most <= before + 28, "a rebuilt pipeline stands beside the one it replaces"
     assert settled(before) <= before
 
 

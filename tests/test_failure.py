@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pskd.config import TrainSection
-from pskd.errors import AgreedError, PskdError
+from pskd.errors import AgreedError, CommonError, PskdError
 from pskd.failure import repeats, understand
 
 TRAIN = TrainSection(batch_size=96, accumulation=3)
@@ -16,6 +16,7 @@ TRAIN = TrainSection(batch_size=96, accumulation=3)
     ("error", "parts", "speaker"),
     [
         (AgreedError("all know"), ["all know"], "rank 0"),
+        (CommonError("others meet it too"), ["others meet it too"], "first"),
         (PskdError("I know"), ["I know"], "this"),
         (OSError(errno.ENOSPC, "No space left", "a/b"), ["a/b: No space left"], "this"),
         (RuntimeError("Connection closed by peer [::1]\nmore"), ["lost another rank"], "first"),

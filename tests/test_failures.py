@@ -76,6 +76,19 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path, flags, part):
     assert_refused(forked.train(tmp_path / "run", *BRIEF, *flags), part)
 
 
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("vit_b_16", "Expected 224 but got 8"), ("alexnet", "Output size is too small")],
+)
+def test_a_network_that_cannot_take_the_images_is_refused_before_anything_else(
+    tmp_path, model, reason
+):
+    job = forked.train(tmp_path / "run", *BRIEF, f"--model.name={model}")
+    named = f"model.name {model} cannot take images of 8x8 pixels ("
+    assert_refused(job, named, reason, "another size (data.pad_to)")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
     job = forked.train(tmp_path / "run", *BRIEF, "--train.batch_size=1438", processes=None)
     assert_refused(job, "train.batch_size 1438", "1437 samples")

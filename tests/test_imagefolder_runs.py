@@ -19,6 +19,8 @@ from pskd.data.index import NAME, places
 from pskd.errors import PskdError
 from pskd.order import Plan
 from pskd.store import open_generation
+from tests import forked
+from tests.forked import ForkedJob
 from tests.launches import (
     Job,
     kill,
@@ -262,7 +264,7 @@ def damaged(tmp_path_factory):
     """A folder, indexed, then damaged: (root, what decodes when)."""
     root = make_splits(tmp_path_factory.mktemp("damaged"))
     catalog = load(root)
-    cut, empty = range(2, 60, 5), 33
+    cut, empty = (2, 17, 22, 42, 57), 33  # of 61: not too many
     for sample in cut:
         path = Path(catalog.train.path(sample))
         path.write_bytes(path.read_bytes()[:-200])  # the lower part of the image
@@ -313,6 +315,64 @@ def test_a_bad_image_stops_both_ranks_and_is_said_once(tmp_path, nothing_left):
     named = f"image {catalog.train.path(33)} (sample 33) cannot be decoded, in epoch 0, step "
     assert_refused(job, named, "--drop-bad", run_failed=True)
     assert not processes_of(run_dir)
+
+
+def test_bad_images_are_mended_and_the_run_goes_on_to_the_same_bits(tmp_path, nothing_left):
+    root, run_dir = make_splits(tmp_path / "photos"), tmp_path / "run"
+    catalog = load(root)
+    flags = flags_on(
+        root, "--data.crop_scale=[1, 1]", "--train.epochs=2", "--schedule.milestones=[1]"
+    )
+    reference = forked.train(tmp_path / "reference", *flags, processes=None)
+    assert reference.process.returncode == 0, reference.output()
+    for path, named in (
+        (Path(catalog.train.path(33)), "image {} (sample 33) cannot be decoded, in epoch 0, step"),
+        (Path(catalog.validation.path(14)), "validation image {} (sample 14) cannot be decoded"),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        job = forked.train(run_dir, *flags, processes=None)
+        assert_refused(job, named.format(path), "Mend the file and start again", run_failed=True)
+        wait_for_no_process(run_dir)
+        path.write_bytes(b"")  # in place or by a new file, before or after: all the same
+        path.unlink()
+        path.write_bytes(whole)
+    again = forked.train(run_dir, *flags, processes=None)
+    assert again.process.returncode == 0, again.output()
+    assert result(run_dir)["weights_sha256"] == result(reference.run_dir)["weights_sha256"]
+
+
+def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(tmp_path, nothing_left):
+    root, run_dir = make_splits(tmp_path / "photos"), tmp_path / "run"
+    catalog = load(root)
+    damage(Path(catalog.train.path(33)), "half")
+    flags = flags_on(
+        root, "--data.crop_scale=[1, 1]", "--train.epochs=2", "--schedule.milestones=[1]"
+    )
+    job = forked.train(run_dir, *flags, processes=None)
+    assert_refused(job, "Or set data.on_bad_image substitute: the run goes on", run_failed=True)
+    wait_for_no_process(run_dir)
+    again = forked.train(run_dir, *flags, "--data.on_bad_image=substitute", processes=None)
+    assert again.process.returncode == 0, again.output()
+    assert result(run_dir)["images_not_decoded"] == [33]
+
+
+def test_images_that_go_away_stop_the_run_and_it_goes_on_when_they_are_back(tmp_path, nothing_left):
+    root, run_dir = make_splits(tmp_path / "photos"), tmp_path / "run"
+    flags = flags_on(root, "--data.on_bad_image=substitute")
+    job = ForkedJob(run_dir, *flags)
+    job.wait_for_epochs(1)
+    (root / "train").rename(root / "away")
+    job.wait()
+    assert_refused(
+        job, "cannot be read: No such file", "mounted?) and start again", run_failed=True
+    )
+    assert len(metrics(run_dir)) < EPOCHS
+    wait_for_no_process(run_dir)
+    (root / "away").rename(root / "train")
+    again = forked.train(run_dir, *flags)
+    assert again.process.returncode == 0, again.output()
+    assert result(run_dir)["images_not_decoded"] == []
 
 
 @pytest.mark.slow
@@ -448,6 +508,12 @@ def test_a_folder_without_classes_is_refused(alone, tmp_path):
     (tmp_path / "val").mkdir()
     text = refusal(samples_of, alone, f"--data.root={tmp_path}")
     assert str(tmp_path / "train") in text
+
+
+def test_a_folder_of_one_class_is_refused(alone, tmp_path):
+    make_folder(tmp_path / "train", classes=1, per_class=9, median_side=24)
+    text = refusal(samples_of, alone, f"--data.root={tmp_path}", "--data.held_out=3")
+    assert "has only the class 'class000': there is nothing to tell apart" in text
 
 
 def test_classes_that_differ_are_named(alone, tmp_path):

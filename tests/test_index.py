@@ -29,16 +29,15 @@ from pskd.data.index import (
     NAME,
     Index,
     build,
-    check_same_classes,
     find,
     is_current,
     load_or_build,
     open_index,
     places,
     save,
-    verify,
     write,
 )
+from pskd.data.index_check import check_same_classes, verify
 from pskd.data.labels import GroundTruth, PathList
 from pskd.errors import PskdError
 from tests.photos import BAD_BODIES, BAD_HEADERS, ODD_NAMES, make_folder, make_nasty
@@ -1000,6 +999,51 @@ def test_the_command_indexes_train_and_val(flat, capsys):
     for option in ("--list", "--index-path"):
         assert main(["index", str(flat / "set"), option, "x"]) == 1
         assert f"{option} is for one folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "read", "left_out"),
+    [
+        # A third folder beside the splits, with labels or without.
+        (["train/a/1", "train/b/1", "val/a/1", "val/b/1", "test/1"], "train val", "test"),
+        (["train/a/1", "train/b/1", "val/a/1", "val/b/1", "more/a/1"], "train val", "more"),
+        (["train/a/1", "train/b/1"], "train", ""),
+        (["train/a/1", "train/b/1", "test/1"], "train", "test"),
+        (["val/a/1", "val/b/1", "test/x/1"], "val", "test"),
+        # Classes of such names.
+        (["train/1", "plane/1"], "", ""),
+        (["train/1", "val/1", "plane/1"], "", ""),
+        (["test/a/1", "plane/1"], "", ""),
+    ],
+)
+def test_the_command_finds_the_splits_in_a_folder(tmp_path, capsys, caplog, files, read, left_out):
+    root = tmp_path / "set"
+    for file in files:
+        image(root / f"{file}.png")
+    assert main(["index", str(root)]) == 0
+    out, _ = capsys.readouterr()
+    reported = [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")]
+    assert reported == ([f"{root}/{name}" for name in read.split()] or [str(root)])
+    said = f"{root}: only {' and '.join(read.split())} are read; left out: {left_out}"
+    assert [m for m in caplog.messages if "only" in m] == ([said] if left_out else [])
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (["train/steam/1", "train/diesel/1", "plane/1"], "as plane hold images as well"),
+        (["train/steam/1", "train/2", "plane/1"], "images lie beside the folders in train"),
+    ],
+)
+def test_a_folder_that_can_be_read_in_two_ways_is_refused(tmp_path, capsys, files, why):
+    for file in files:
+        image(tmp_path / "set" / f"{file}.png")
+    assert main(["index", str(tmp_path / "set")]) == 1
+    err = capsys.readouterr().err
+    assert why in err
+    assert "as the splits train, or as one folder of 2 classes" in err
+    assert f"`pskd index {tmp_path}/set/train`" in err
+    assert not list(tmp_path.rglob(NAME))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from pskd.checkpoint import Checkpoints
 from pskd.data import digits, imagefolder
 from pskd.data.arrays import ArrayData
 from pskd.data.batch import Batch, Mix
-from pskd.data.dali import DaliData, ImageOptions
+from pskd.data.dali import DaliData
+from pskd.data.graph import ImageOptions
 from pskd.data.mix import (
     Erasing,
     Mixer,
@@ -30,9 +31,10 @@ from pskd.data.mix import (
 )
 from pskd.data.views import PEER, SameClass
 from pskd.engine import Engine
+from pskd.errors import AgreedError
 from pskd.history import History
 from pskd.methods import registry
-from pskd.order import Plan, Walk
+from pskd.order import Plan, Walk, epoch_order
 from pskd.run_dir import RunDir
 from pskd.sites import Sites
 from pskd.store import open_generation
@@ -738,3 +740,47 @@ def test_a_step_of_strangers_only_remembers_nothing(pool, tmp_path):
     for sample in (1, 2, 3, 4, 7):
         with pytest.raises(KeyError):
             rows[[sample]]
+
+
+# --- too many absent samples ------------------------------------------------------------------
+
+
+def refusal_of_bad_data(world, path, accumulation, bad):
+    """What a run says that meets so many bad images, and the samples that were known by then."""
+    trainer = trainer_of(world, path, Mixer(0, NO_MIXING, NO_ERASING), accumulation)
+    trainer.data.unreadable = bad
+    said = None
+    try:
+        for epoch in range(2):
+            trainer._train_epoch(epoch, 0, trainer.method.begin_epoch(epoch, 20))
+            trainer.store.begin_epoch(epoch + 1)
+            trainer.history.grey = 0
+    except AgreedError as error:
+        said = str(error)
+    trainer.store.close()
+    return said
+
+
+ORDER = epoch_order(1, 0, N).tolist()  # steps of 22 samples
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (ORDER[5:15], None),  # a tenth
+        (ORDER[5:9] + ORDER[50:57], "more than 10% of an epoch's images cannot be decoded, up to "
+                                    "epoch 0, step 2, the last of them sample "),
+        (ORDER[88:100], "none of the 12 images of a step can be decoded, up to epoch 0, step 4"),
+    ],
+)  # fmt: skip
+def test_data_of_which_too_much_is_bad_are_refused_at_the_same_step_by_all(
+    pool, tmp_path, bad, says
+):
+    for world, accumulation in ((1, 1), (2, 2)):
+        path = tmp_path / str(world)
+        path.mkdir()
+        for said in pool(world).run(refusal_of_bad_data, str(path), accumulation, bad):
+            assert (said is None) == (says is None), said
+            if says is not None:
+                assert says in said
+                assert "Bring them back and start again" in said

@@ -13,7 +13,8 @@ import yaml
 from pskd import recipe
 from pskd.cli import main
 from pskd.command_line import load
-from pskd.data.index import check_same_classes, load_or_build
+from pskd.data.index import load_or_build
+from pskd.data.index_check import check_same_classes
 from tests.launches import ROOT, result, status
 from tests.photos import make_folder
 

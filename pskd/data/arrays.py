@@ -11,6 +11,7 @@ from torch import Tensor
 from pskd import draws
 from pskd.data.batch import Batch
 from pskd.data.catalog import Catalog, Split
+from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
 from pskd.order import Ids, MicroBatch, Walk
 
@@ -48,6 +49,13 @@ class ArrayData:
     def close(self) -> None:
         """Nothing to end."""
 
+    def expect_bad(self, samples: list[int]) -> None:
+        """None is."""
+
+    def name(self, sample: int) -> str:
+        """Its number is all that there is."""
+        return f"sample {sample}"
+
     def train_batch(self, micro: MicroBatch) -> Batch:
         """The samples of a micro-batch, augmented by the draws of its epoch."""
         ids_B, epoch = micro.ids_B, micro.epoch
@@ -57,15 +65,15 @@ class ArrayData:
         return Batch(
             ids_B=torch.from_numpy(ids_B),
             images_BCHW=self._view(epoch, ids_B, ""),
-            labels_B=self._labels_N[torch.from_numpy(ids_B).to(self._device)],
+            labels_B=self._labels_N[to_device(ids_B, self._device)],
             weight_B=torch.ones(len(ids_B), device=self._device),
             peer_BCHW=peer_BCHW,
         )
 
     def _view(self, epoch: int, ids_B: Ids, view: str) -> Tensor:
-        index_B = torch.from_numpy(ids_B).to(self._device)
+        index_B = to_device(ids_B, self._device)
         y_BH, x_BW = (
-            torch.from_numpy(grid).to(self._device)
+            to_device(grid, self._device)
             for grid in draws.crop_grid(
                 self._seed,
                 epoch,

@@ -9,25 +9,25 @@ Letters: B samples of a batch, R rows of it (its samples, then their peers), H, 
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pskd import draws
 from pskd.data import colour
+from pskd.data.bad_images import Probe, left_out, remedies, unreadable
 from pskd.data.batch import Batch
-from pskd.data.imagefolder import FolderCatalog
+from pskd.data.graph import ImageOptions, Rows, joined, make_pipeline
+from pskd.data.imagefolder import EncodedSplit, FolderCatalog
+from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
-from pskd.errors import PskdError
+from pskd.errors import CommonError, PskdError
 from pskd.order import Ids, MicroBatch, Walk
 
 log = logging.getLogger("pskd")
@@ -35,76 +35,6 @@ log = logging.getLogger("pskd")
 _GREY = np.frombuffer(str(Path(__file__).with_name("grey.png")).encode(), np.uint8)
 _GREY_WINDOW = np.array([0, 0, 8, 8], np.int32)
 _DRAWN_AT_A_TIME = 1024  # samples
-_INTERPOLATIONS = {
-    "linear": types.INTERP_LINEAR,
-    "cubic": types.INTERP_CUBIC,
-    "lanczos": types.INTERP_LANCZOS3,
-}
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """How images are read and augmented; see the fields of the same names in `config.py`."""
-
-    augment: Literal["standard", "pskd-imagenet"]
-    flip: bool
-    image_size: int
-    resize_schedule: tuple[tuple[int, int], ...]
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    validation_resize: int
-    interpolation: str
-    on_bad_image: Literal["stop", "substitute"]
-    mixed: bool
-    hw_decoder_load: float
-    threads: int
-    prefetch: int
-    channels_last: bool
-
-    def size_at(self, epoch: int) -> int:
-        """Pixels of a side in an epoch: of the last entry of the schedule that has begun."""
-        begun = [size for first, size in self.resize_schedule if first <= epoch]
-        return begun[-1] if begun else self.image_size
-
-
-class _Rows(NamedTuple):
-    """What DALI is fed for one batch.
-
-    windows: y, x, height, width in pixels. size: height, width after resizing. centre: where the
-    crop of a whole image lies, from 0 (top, left) to 1.
-    """
-
-    paths: list[npt.NDArray[np.uint8]]
-    windows_R4: npt.NDArray[np.int32]
-    centre_R2: npt.NDArray[np.float32]
-    mirror_R: npt.NDArray[np.int32]
-    size_R2: npt.NDArray[np.float32]
-    maps_R37: npt.NDArray[np.float32]
-    labels_R: npt.NDArray[np.int64]
-
-    def part(self, rows: slice) -> "_Rows":
-        """Some of the rows."""
-        columns: Any = (column[rows] for column in self)
-        return _Rows(*columns)
-
-    def feed(self, whole: bool) -> tuple[Any, ...]:
-        """As the external source returns it; with windows, or of whole images with centres."""
-        common = (self.paths, self.labels_R, self.maps_R37, self.size_R2, self.mirror_R)
-        if whole:
-            y_R, x_R = np.ascontiguousarray(self.centre_R2.T)
-            return (*common, y_R, x_R)
-        start_R2 = np.ascontiguousarray(self.windows_R4[:, :2])
-        shape_R2 = np.ascontiguousarray(self.windows_R4[:, 2:])
-        return (*common, start_R2, shape_R2)
-
-
-def _joined(parts: list[_Rows]) -> _Rows:
-    """One below the other."""
-    if len(parts) == 1:
-        return parts[0]
-    arrays: Any = zip(*(part[1:] for part in parts), strict=True)
-    paths = [path for part in parts for path in part.paths]
-    return _Rows(paths, *(np.concatenate(views) for views in arrays))
 
 
 def _groups(micros: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -139,41 +69,54 @@ class DaliData:
         self._peer = peer
         self._pipeline: Any = None
         self._walk: Walk | None = None
+        self._suspects: set[int] = set()  # failed before: looked at alone, before they are fed
+        self._grey: dict[tuple[int, int, int], tuple[int, ...]] = {}  # rows, by micro-batch
         indices = (catalog.train.index, catalog.validation.index)
         self._largest = tuple(
             max(int(getattr(index, name).max()) for index in indices)
             for name in ("widths_N", "heights_N")
         )
+        self._device_id = device.index if device.type == "cuda" else None
+        self._probe = self._make_probe(whole=False)
 
     def begin(self, walk: Walk, epoch: int, step: int) -> None:
         """Read ahead from this step on."""
         self._walk = walk
-        self._start(epoch, step, 0, ())
+        self._start(epoch, step, 0, None)
 
     def train_batch(self, micro: MicroBatch) -> Batch:
         """The samples of the next micro-batch. On the CPU, valid until the next call.
 
         Raises:
-            PskdError: an image cannot be decoded; names path, id, epoch and step.
+            PskdError: an image cannot be read or decoded; names path, id, epoch and step.
         """
-        absent: tuple[int, ...] = ()
+        key = (micro.epoch, micro.step, micro.micro)
         try:
             images, labels, maps = self._outputs(self._pipeline)
         except RuntimeError as error:
-            bad = self._refuse_or_replace(micro, error)
-            self._start(micro.epoch, micro.step, micro.micro, bad)
+            rows = next(self._rows_of(iter([micro]), ()))
+            bad = self._probe.failing(rows, list(range(len(rows.paths))))
+            if not bad:
+                raise
+            self._refuse_or_say(micro, bad, error)
+            self._suspects |= {self._ids(micro)[row] for row in bad}
+            self._start(*key, bad)
             images, labels, maps = self._outputs(self._pipeline)
-            absent = tuple(sorted({row % len(micro.ids_B) for row in bad}))
+            self._grey.pop(key)
+        else:
+            bad = self._grey.pop(key, ())
+            self._refuse_or_say(micro, bad, None)
+        absent = tuple(sorted({row % len(micro.ids_B) for row in bad}))
         if self._options.augment == "pskd-imagenet":
             images = colour.apply(maps, images)
         size = len(micro.ids_B)
-        weight_B = torch.ones(size)
+        weight_B = np.ones(size, np.float32)
         weight_B[list(absent)] = 0
         return Batch(
             ids_B=torch.from_numpy(micro.ids_B),
             images_BCHW=images[:size],
             labels_B=labels[:size],
-            weight_B=weight_B.to(self._device, non_blocking=True),
+            weight_B=to_device(weight_B, self._device),
             peer_BCHW=images[size:] if self._peer is not None else None,
             absent=absent,
         )
@@ -194,38 +137,52 @@ class DaliData:
         ]
         if not batches:
             return
-        rows = map(self._validation_rows, batches)
-        pipeline = self._graph(rows, batch_size, whole=True)
+        pipeline = self._graph(map(self._validation_rows, batches), batch_size, whole=True)
         for ids_B in batches:
             try:
                 images, labels, _ = self._outputs(pipeline)
             except RuntimeError as error:
-                bad = self._undecodable(self._validation_rows(ids_B), whole=True)
+                rows = self._validation_rows(ids_B)
+                bad = self._make_probe(whole=True).failing(rows, list(range(len(ids_B))))
                 if not bad:
                     raise
-                path = self._validation.path(int(ids_B[bad[0]]))
+                sample = int(ids_B[bad[0]])
+                what = f"validation image {self._validation.path(sample)} (sample {sample})"
+                self._refuse_if_gone(self._validation, sample, what, error)
                 raise PskdError(
-                    f"validation image {path} (sample {ids_B[bad[0]]}) cannot be decoded. Mend it, "
-                    f"or leave it out: `pskd index {self._validation.index.root} --drop-bad "
-                    "--verify`."
+                    f"{what} cannot be decoded. {remedies(self._validation, sample)} "
+                    f"{left_out(self._validation)}"
                 ) from error
             yield images, labels
+
+    def expect_bad(self, samples: list[int]) -> None:
+        """These have failed before, on whatever rank: meeting them shall not cost a new start."""
+        self._suspects |= set(samples)
+
+    def name(self, sample: int) -> str:
+        """Path of a training sample."""
+        return self._train.path(sample)
 
     def close(self) -> None:
         """End DALI's threads."""
         self._pipeline = None
+        self._probe = self._make_probe(whole=False)
 
-    def _start(self, epoch: int, step: int, micro: int, bad: tuple[int, ...]) -> None:
-        """A pipeline that begins with this micro-batch; `bad` rows of it are grey."""
+    def _start(self, epoch: int, step: int, micro: int, bad: tuple[int, ...] | None) -> None:
+        """A pipeline that begins with this micro-batch; `bad`: see `_rows_of`."""
         assert self._walk is not None, "begin comes first"
         rows = self._walk.plan.largest_micro_batch * (2 if self._peer is not None else 1)
         self._pipeline = None  # its memory first
+        self._grey.clear()
         self._pipeline = self._graph(
             self._rows_of(self._walk.start(epoch, step, micro), bad), rows, whole=False
         )
 
-    def _rows_of(self, micros: Iterator[MicroBatch], bad: tuple[int, ...]) -> Iterator[_Rows]:
-        """What each micro-batch needs; `bad` rows of the first are grey."""
+    def _rows_of(self, micros: Iterator[MicroBatch], bad: tuple[int, ...] | None) -> Iterator[Rows]:
+        """What each micro-batch needs; rows that are known to fail are grey.
+
+        bad: those of the first, where they are known; else suspects are looked at.
+        """
         for group in _groups(micros):
             epoch, ids = group[0].epoch, np.concatenate([micro.ids_B for micro in group])
             views = [self._view(epoch, ids, "")]
@@ -235,14 +192,33 @@ class DaliData:
             for micro in group:
                 part = slice(first, first + len(micro.ids_B))
                 first = part.stop
-                rows = _joined([view.part(part) for view in views])
+                rows = joined([view.part(part) for view in views])
+                if bad is None:
+                    bad = self._failing_suspects(micro, rows)
+                if bad:
+                    self._grey[micro.epoch, micro.step, micro.micro] = bad
                 for row in bad:
                     rows.paths[row] = _GREY
                     rows.windows_R4[row] = _GREY_WINDOW
-                bad = ()
+                bad = None
                 yield rows
 
-    def _view(self, epoch: int, ids_B: Ids, view: str) -> _Rows:
+    def _failing_suspects(self, micro: MicroBatch, rows: Rows) -> tuple[int, ...]:
+        """A window may miss an image's damage, so each is tried."""
+        if not self._suspects:
+            return ()
+        ids = self._ids(micro)
+        places = [row for row, sample in enumerate(ids) if sample in self._suspects]
+        return self._probe.failing(rows, places)
+
+    def _ids(self, micro: MicroBatch) -> list[int]:
+        """Of the rows of a micro-batch."""
+        ids: list[int] = micro.ids_B.tolist()
+        if self._peer is not None:
+            ids += self._peer(micro.epoch, micro.ids_B).tolist()
+        return ids
+
+    def _view(self, epoch: int, ids_B: Ids, view: str) -> Rows:
         options, count = self._options, len(ids_B)
         widths_B, heights_B = self._train.sizes(ids_B)
         windows_B4 = draws.windows(
@@ -262,7 +238,7 @@ class DaliData:
         if options.augment == "pskd-imagenet":
             maps_B37 = colour.maps(self._seed, epoch, ids_B, view)
         size_B2 = np.full((count, 2), options.size_at(epoch), np.float32)
-        return _Rows(
+        return Rows(
             self._train.paths(ids_B),
             windows_B4,
             np.zeros((count, 2), np.float32),
@@ -272,7 +248,7 @@ class DaliData:
             self._train.labels_N[ids_B],
         )
 
-    def _validation_rows(self, ids_B: Ids) -> _Rows:
+    def _validation_rows(self, ids_B: Ids) -> Rows:
         """Whole images, the shorter side resized; the centre is cut out afterwards."""
         widths_B, heights_B = self._validation.sizes(ids_B)
         # As torchvision's Resize: the longer side is rounded down.
@@ -283,7 +259,7 @@ class DaliData:
         room_B2 = size_B2 - self._options.image_size
         centre_B2 = np.rint(room_B2 / 2) / np.maximum(room_B2, 1)
         count = len(ids_B)
-        return _Rows(
+        return Rows(
             self._validation.paths(ids_B),
             np.zeros((count, 4), np.int32),
             centre_B2.astype(np.float32),
@@ -293,17 +269,20 @@ class DaliData:
             self._validation.labels_N[ids_B],
         )
 
-    def _graph(self, rows: Iterator[_Rows], batch_size: int, whole: bool) -> Any:
+    def _graph(self, rows: Iterator[Rows], batch_size: int, whole: bool) -> Any:
         pipeline = make_pipeline(
             lambda: next(rows).feed(whole),
             self._options,
             batch_size,
-            device_id=self._device.index if self._device.type == "cuda" else None,
+            device_id=self._device_id,
             largest=self._largest,
             whole=whole,
         )
         pipeline.build()
         return pipeline
+
+    def _make_probe(self, whole: bool) -> Probe:
+        return Probe(self._options, device_id=self._device_id, largest=self._largest, whole=whole)
 
     def _outputs(self, pipeline: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and colour maps of the next batch, on the training device."""
@@ -318,107 +297,38 @@ class DaliData:
             images = images.permute(0, 3, 1, 2)
         return images, labels, maps
 
-    def _refuse_or_replace(self, micro: MicroBatch, error: RuntimeError) -> tuple[int, ...]:
-        """Which rows of the batch cannot be decoded.
+    def _refuse_or_say(
+        self, micro: MicroBatch, bad: tuple[int, ...], error: RuntimeError | None
+    ) -> None:
+        """Say which rows of a micro-batch cannot be decoded.
 
         Raises:
-            PskdError: they are not to be replaced.
-            RuntimeError: it is something else.
+            PskdError: they are not to be replaced, or files have gone.
         """
-        bad = self._undecodable(next(self._rows_of(iter([micro]), ())), whole=False)
-        if not bad:
-            raise error
-        ids = micro.ids_B.tolist()
-        if self._peer is not None:
-            ids += self._peer(micro.epoch, micro.ids_B).tolist()
+        ids = self._ids(micro)
+        where = f"in epoch {micro.epoch}, step {micro.step}"
         for row in bad:
-            what = (
-                f"image {self._train.path(ids[row])} (sample {ids[row]}) cannot be decoded, in "
-                f"epoch {micro.epoch}, step {micro.step}"
-            )
+            sample = ids[row]
+            what = f"image {self._train.path(sample)} (sample {sample})"
+            self._refuse_if_gone(self._train, sample, f"{what}, {where},", error)
             if self._options.on_bad_image == "stop":
                 raise PskdError(
-                    f"{what}. Mend it, leave it out (`pskd index {self._train.index.root} "
-                    "--drop-bad --verify`), or set data.on_bad_image substitute in a new run."
+                    f"{what} cannot be decoded, {where}. {remedies(self._train, sample)} Or set "
+                    "data.on_bad_image substitute: the run goes on with a grey image of weight 0 "
+                    f"in its place. {left_out(self._train)}"
                 ) from error
-            log.error("%s: a grey image of weight 0 takes its place", what)
-        return tuple(bad)
-
-    def _undecodable(self, rows: _Rows, whole: bool) -> list[int]:
-        """Rows that fail alone, in a pipeline of one row."""
-        bad: list[int] = []
-        while True:
-            first = bad[-1] + 1 if bad else 0
-            singles = (rows.part(slice(row, row + 1)) for row in range(first, len(rows.paths)))
-            pipeline = self._graph(singles, 1, whole)
-            try:
-                for row in range(first, len(rows.paths)):  # noqa: B007  (named in the handler)
-                    pipeline.run()
-                return bad
-            except RuntimeError:
-                bad.append(row)
-
-
-def make_pipeline(
-    source: Callable[[], tuple[Any, ...]],
-    options: ImageOptions,
-    batch_size: int,
-    *,
-    device_id: int | None,
-    largest: tuple[int, ...],
-    whole: bool,
-) -> Any:
-    """The graph: read, decode a window (`whole`: all of it), resize, mirror, normalise.
-
-    Not built yet. largest: width and height of the largest image, for the decoder's buffers.
-    Outputs: images float32 in the layout asked for, labels int64, colour maps float32.
-    """
-    decoder: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if options.mixed:
-        decoder |= {
-            "device": "mixed",
-            "hw_decoder_load": options.hw_decoder_load,
-            "jpeg_fancy_upsampling": True,  # as the CPU's decoder does
-            "preallocate_width_hint": largest[0],
-            "preallocate_height_hint": largest[1],
-        }
-    plain = options.augment == "standard" or whole
-    mean = [255 * m for m in colour.MEAN] if plain else [0.0]
-    std = [255 * s for s in colour.STD] if plain else [255.0]
-
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=options.threads,
-        device_id=device_id,
-        prefetch_queue_depth=options.prefetch,
-    )
-    with pipeline:
-        path, label, maps, size, mirror, first, second = fn.external_source(
-            source, num_outputs=7, batch=True
-        )
-        # Read by DALI's threads, several at a time; its mapped files would open one by one.
-        encoded = fn.io.file.read(path, dont_use_mmap=True)
-        if whole:
-            image = fn.decoders.image(encoded, **decoder)
-        else:
-            image = fn.decoders.image_slice(
-                encoded, start=first, shape=second, axis_names="HW", **decoder
+            log.error(
+                "%s cannot be decoded, %s: a grey image of weight 0 takes its place", what, where
             )
-        if device_id is not None:
-            image, label, maps = image.gpu(), label.gpu(), maps.gpu()
-        image = fn.resize(
-            image, size=size, interp_type=_INTERPOLATIONS[options.interpolation], antialias=True
-        )
-        image = fn.crop_mirror_normalize(
-            image,
-            crop=(options.image_size, options.image_size) if whole else None,
-            crop_pos_y=first if whole else None,
-            crop_pos_x=second if whole else None,
-            mirror=mirror,
-            dtype=types.FLOAT,
-            mean=mean,
-            std=std,
-            output_layout="HWC" if options.channels_last else "CHW",
-        )
-        pipeline.set_outputs(image, label, maps)
-    return pipeline
+
+    @staticmethod
+    def _refuse_if_gone(
+        split: EncodedSplit, sample: int, what: str, error: RuntimeError | None
+    ) -> None:
+        """A file that has gone is no bad image: with it, the whole folder may be away."""
+        reason = unreadable(split.path(sample))
+        if reason is not None:
+            raise CommonError(
+                f"{what} cannot be read: {reason}. Bring the images back (is {split.index.root} "
+                "mounted?) and start again, the run goes on."
+            ) from error

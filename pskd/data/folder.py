@@ -135,7 +135,7 @@ def list_classes(root: Path) -> Listing:
     empty = []
     for label, name in enumerate(names):
         before = len(samples)
-        for relative, images, mtime_ns in _walk(os.fsencode(root), name, ()):
+        for relative, images, mtime_ns in walk(os.fsencode(root), name, ()):
             directories.append((relative, len(images), mtime_ns))
             samples.extend((b"%b/%b" % (relative, image), label) for image in images)
         if len(samples) == before:
@@ -185,7 +185,7 @@ def entries(directory: bytes) -> Iterator[os.DirEntry[bytes]]:
         raise PskdError(f"Folder {path} cannot be listed: {error.strerror}.") from error
 
 
-def _walk(
+def walk(
     root: bytes, relative: bytes, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[bytes, list[bytes], int]]:
     """(relative path, names of images, mtime_ns) of a directory and of all below it."""
@@ -202,7 +202,7 @@ def _walk(
             images.append(entry.name)
     yield relative, images, status.st_mtime_ns
     for name in below:
-        yield from _walk(root, b"%b/%b" % (relative, name), (*above, identity))
+        yield from walk(root, b"%b/%b" % (relative, name), (*above, identity))
 
 
 def _digest(names: list[bytes]) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pskd.data.catalog import smallest_hashes
-from pskd.data.index import Index, check_same_classes, load_or_build
+from pskd.data.index import Index, load_or_build
+from pskd.data.index_check import check_same_classes
 from pskd.data.index_command import bar
 from pskd.errors import PskdError
 from pskd.order import Ids
@@ -72,10 +73,13 @@ class FolderCatalog:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over what the indices say of the files, and which of them are used."""
+        """sha256 over classes, paths and labels of the indices, and which samples are used.
+
+        Not over the content of files, nor their sizes: a bad image that is mended is the same.
+        """
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
-            digest.update(split.index.fingerprint.encode())
+            digest.update(split.index.samples.encode())
             digest.update(np.ascontiguousarray(split.rows_N).data)
         return digest.hexdigest()
 

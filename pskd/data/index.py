@@ -39,7 +39,6 @@ from pskd.data.folder import (
     MOST_NAMED,
     Snapshot,
     as_text,
-    enumerated,
     list_classes,
     refuse_classes_without_images,
     shown,
@@ -87,6 +86,14 @@ class Index:
     def path(self, sample: int) -> str:
         """Absolute path of a sample."""
         return os.fsdecode(self._prefix + self.relative(sample))
+
+    @cached_property
+    def samples(self) -> str:
+        """sha256 over classes, paths and labels: what a run is bound to. A file may be mended."""
+        digest = hashlib.sha256(json.dumps([self.class_names, len(self)]).encode())
+        for array in (self.paths, self.offsets_N, self.labels_N):
+            digest.update(array.data)
+        return digest.hexdigest()
 
     @cached_property
     def _prefix(self) -> bytes:
@@ -150,7 +157,7 @@ def build(
         root,
         arrays,
         class_names=listing.class_names,
-        fingerprint=_fingerprint(listing.class_names, arrays),
+        fingerprint=fingerprint_of(listing.class_names, arrays),
         dropped=wrong,
         labels_from=labels_from,
         snapshot=listing.snapshot,
@@ -174,7 +181,7 @@ def write(index: Index, path: Path) -> None:
         "labels_from": index.labels_from,
         "snapshot": asdict(index.snapshot),
     }
-    write_atomically(path, index_format.pack(facts, _arrays_of(index)))
+    write_atomically(path, index_format.pack(facts, arrays_of(index)))
 
 
 def open_index(path: Path, root: Path) -> Index:
@@ -264,55 +271,6 @@ def load_or_build(
     return open_index(save(built, index_path), root)
 
 
-def verify(
-    index: Index, *, workers: int | None = None, progress: Progress | None = None
-) -> list[Complaint]:
-    """Decode every file and compare it with the index; returns those that differ.
-
-    Raises:
-        PskdError: the index itself is damaged.
-    """
-    if _fingerprint(index.class_names, _arrays_of(index)) != index.fingerprint:
-        raise PskdError(
-            f"The index of {shown(str(index.root))} is damaged (fingerprint differs). "
-            f"Run `{command(index.root, index.labels_from)}`."
-        )
-    paths = [piece.tobytes() for piece in index.path_bytes(np.arange(len(index)))]
-    found = read_headers(paths, decode=True, workers=workers, progress=progress)
-    different = dict(found.wrong)
-    for what, now_N, then_N in (
-        ("bytes", found.bytes_N, index.bytes_N),
-        ("pixels wide", found.widths_N, index.widths_N),
-        ("pixels high", found.heights_N, index.heights_N),
-    ):
-        for row in np.flatnonzero(now_N != then_N).tolist():
-            different.setdefault(row, f"{now_N[row]} {what}, in the index {then_N[row]}")
-    return [(as_text(index.relative(row)), why) for row, why in sorted(different.items())]
-
-
-def check_same_classes(train: Index, validation: Index) -> None:
-    """Refuse two folders whose labels do not mean the same.
-
-    Raises:
-        PskdError: names the classes that are in only one of them.
-    """
-    if train.class_names == validation.class_names:
-        return
-    alone = []
-    for index, other in ((train, validation), (validation, train)):
-        names = sorted(set(index.class_names) - set(other.class_names))
-        if names:
-            alone.append(f"only in {shown(str(index.root))}: {enumerated(names)}")
-    if not alone:
-        pairs = zip(train.class_names, validation.class_names, strict=True)
-        label, (a, b) = next((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
-        alone = [f"label {label} is {shown(a)} in the first and {shown(b)} in the second"]
-    raise PskdError(
-        f"{shown(str(train.root))} and {shown(str(validation.root))} have different classes: "
-        f"{'; '.join(alone)}. Give both the same classes."
-    )
-
-
 def places(root: Path, index_path: Path | None = None) -> list[Path]:
     """Where the index of a folder may lie, in the order in which they are tried."""
     if index_path is not None:
@@ -363,7 +321,7 @@ def _index(root: Path, arrays: Arrays, **facts: Any) -> Index:
     )
 
 
-def _arrays_of(index: Index) -> Arrays:
+def arrays_of(index: Index) -> Arrays:
     return {
         "paths": index.paths,
         "offsets": index.offsets_N,
@@ -393,7 +351,7 @@ def _open(path: Path, root: Path) -> Index:
     )
 
 
-def _fingerprint(class_names: tuple[str, ...], arrays: Arrays) -> str:
+def fingerprint_of(class_names: tuple[str, ...], arrays: Arrays) -> str:
     digest = hashlib.sha256(json.dumps([class_names, len(arrays["labels"])]).encode())
     for array in arrays.values():
         digest.update(array.data)

@@ -11,15 +11,17 @@ import numpy as np
 from tqdm import tqdm
 
 from pskd.data import index as indexes
-from pskd.data.folder import as_text, names_in, shown
+from pskd.data.folder import as_text, enumerated, shown
 from pskd.data.headers import Progress
 from pskd.data.index import Index, Labels
+from pskd.data.index_check import check_same_classes, verify
 from pskd.data.labels import GroundTruth, PathList
+from pskd.data.splits import splits_in
 from pskd.errors import PskdError
 
 
 def reports(arguments: argparse.Namespace) -> Iterator[str]:
-    """Index a folder, or its `train` and `val` if it has just these; yields a report of each.
+    """Index a folder of classes, or the splits in it (see `splits`); yields a report of each.
 
     Raises:
         PskdError: options that exclude each other, a folder that cannot be indexed, or a file that
@@ -30,20 +32,28 @@ def reports(arguments: argparse.Namespace) -> Iterator[str]:
         raise PskdError(f"--workers {arguments.workers}: at least 1 process must read.")
     directory: Path = arguments.directory.absolute()
     labels = _labels(arguments)
-    if names_in(directory, "classes") != [b"train", b"val"]:
+    splits, others = splits_in(directory)
+    if not splits:
         yield _report(_index(directory, labels, arguments), arguments.verify)
         return
     for option, value in (("--list", arguments.list), ("--index-path", arguments.index_path)):
         if value is not None:
-            raise PskdError(
-                f"{option} is for one folder: use it with {directory / 'train'} or "
-                f"{directory / 'val'}."
-            )
-    train = _index(directory / "train", None, arguments)
-    yield _report(train, arguments.verify)
-    validation = _index(directory / "val", labels, arguments)
-    yield _report(validation, arguments.verify)
-    indexes.check_same_classes(train, validation)
+            names = " or ".join(str(directory / name) for name in splits)
+            raise PskdError(f"{option} is for one folder: use it with {names}.")
+    if others:
+        logging.getLogger("pskd").warning(
+            "%s: only %s are read; left out: %s",
+            shown(str(directory)),
+            " and ".join(splits),
+            enumerated(others),
+        )
+    indices = []
+    for name in splits:
+        given = labels if name == "val" else None
+        indices.append(_index(directory / name, given, arguments))
+        yield _report(indices[-1], arguments.verify)
+    if len(indices) > 1:
+        check_same_classes(*indices)
 
 
 def _labels(arguments: argparse.Namespace) -> Labels | None:
@@ -84,7 +94,7 @@ def _index(root: Path, labels: Labels | None, arguments: argparse.Namespace) -> 
 
 def _verify(index: Index, workers: int | None) -> None:
     with bar(f"verify {index.root.name}") as progress:
-        different = indexes.verify(index, workers=workers, progress=progress)
+        different = verify(index, workers=workers, progress=progress)
     if different:
         again = indexes.command(index.root, index.labels_from)
         raise PskdError(

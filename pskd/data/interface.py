@@ -23,8 +23,16 @@ class Data(Protocol):
         """The samples of the next micro-batch, augmented. Valid until the next call.
 
         Raises:
-            PskdError: an image cannot be decoded; names path, id, epoch and step.
+            PskdError: an image cannot be read or decoded; names path, id, epoch and step.
         """
+        ...
+
+    def expect_bad(self, samples: list[int]) -> None:
+        """A hint: images of these were found bad before, on some rank. Changes no result."""
+        ...
+
+    def name(self, sample: int) -> str:
+        """What a message calls a training sample."""
         ...
 
     def validation_batches(

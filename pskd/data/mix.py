@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pskd import draws
 from pskd.data.batch import Batch, Mix
+from pskd.data.transfer import to_device
 from pskd.data.views import PEER
 from pskd.order import Ids
 
@@ -74,8 +75,8 @@ class Mixer:
             share_B = 1 - _areas(boxes_B4) / (height * width)
         device = batch.images_BCHW.device
         mix = Mix(
-            torch.from_numpy(partner_B).to(device, non_blocking=True),
-            torch.from_numpy(share_B.astype(np.float32)).to(device, non_blocking=True),
+            to_device(partner_B, device),
+            to_device(share_B.astype(np.float32), device),
             tuple(np.flatnonzero(share_B < 0.5).tolist()),
         )
         peer_BCHW = batch.peer_BCHW
@@ -186,7 +187,7 @@ def _areas(boxes_B4: Boxes) -> npt.NDArray[np.float64]:
 def _inside(boxes_B4: Boxes, images_BCHW: Tensor) -> Tensor:
     """bool (B, 1, H, W) on the images' device."""
     device = images_BCHW.device
-    box_4B11 = torch.from_numpy(boxes_B4).to(device, non_blocking=True).t()[:, :, None, None]
+    box_4B11 = to_device(boxes_B4, device).t()[:, :, None, None]
     y_H1 = torch.arange(images_BCHW.shape[2], device=device)[:, None]
     x_W = torch.arange(images_BCHW.shape[3], device=device)
     in_y_BH1 = (y_H1 >= box_4B11[0]) & (y_H1 < box_4B11[2])

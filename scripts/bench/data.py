@@ -45,7 +45,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from pskd.data import colour, folder, index
-from pskd.data.dali import DaliData, ImageOptions
+from pskd.data.dali import DaliData
+from pskd.data.graph import ImageOptions
 from pskd.data.imagefolder import EncodedSplit, FolderCatalog
 from pskd.order import MicroBatch, Plan, Walk, epoch_order
 
