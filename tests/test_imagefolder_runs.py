@@ -342,6 +342,7 @@ def test_bad_images_are_mended_and_the_run_goes_on_to_the_same_bits(tmp_path, no
     assert result(run_dir)["weights_sha256"] == result(reference.run_dir)["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(tmp_path, nothing_left):
     root, run_dir = make_splits(tmp_path / "photos"), tmp_path / "run"
     catalog = load(root)
@@ -357,6 +358,7 @@ def test_a_run_that_stopped_at_a_bad_image_goes_on_without_it(tmp_path, nothing_
     assert result(run_dir)["images_not_decoded"] == [33]
 
 
+@pytest.mark.slow
 def test_images_that_go_away_stop_the_run_and_it_goes_on_when_they_are_back(tmp_path, nothing_left):
     root, run_dir = make_splits(tmp_path / "photos"), tmp_path / "run"
     flags = flags_on(root, "--data.on_bad_image=substitute")
