@@ -97,9 +97,20 @@ def cut_back(run_dir: Path, name: str) -> None:
 def wait_for_no_trace(run_dir: Path) -> None:
     """No process of the run, no lock that is held, nothing half written."""
     wait_for_no_process(run_dir)
-    with (run_dir / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    wait_for_no_lock(run_dir)
     assert not list(run_dir.rglob(".*.tmp"))
+
+
+def wait_for_no_lock(run_dir: Path) -> None:
+    """A killed process gives up its command line before its files."""
+    deadline = time.monotonic() + 10
+    with (run_dir / "lock").open() as lock:
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the lock is still held"
+                time.sleep(0.05)
 
 
 def train(run_dir: Path, *flags: str, processes: int | None = 2, **options: Any) -> Job:

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from pskd.store import format as fmt
 from tests import forked
 from tests.forked import ForkedJob
 from tests.launches import (
@@ -23,6 +24,8 @@ from tests.launches import (
     result,
     status,
     train,
+    wait_for_no_lock,
+    wait_for_no_process,
     wait_for_no_trace,
 )
 from tests.photos import make_folder
@@ -158,10 +161,12 @@ def test_the_launcher_gets(tmp_path, flags_of, undisturbed, processes, data, how
     job = in_mid_run(Job(run_dir, *flags_of(data), processes=processes))
     job.process.send_signal(how)
     assert job.wait() != 0
-    wait_for_no_trace(run_dir)
+    wait_for_no_process(run_dir)
+    wait_for_no_lock(run_dir)  # a file that was being written stays, until the next start
     assert status(run_dir)["state"] == ("running" if how == signal.SIGKILL else "stopped")
     again = train(run_dir, processes=processes)
     assert again.process.returncode == 0, again.output()
+    wait_for_no_trace(run_dir)
     assert_same_run(run_dir, undisturbed(processes, data))
 
 
@@ -264,8 +269,9 @@ def damage(run_dir, how):
         return run_dir / "checkpoints/latest"
     segment = segment_of(run_dir)
     rank_rows = 32 // (2 if "of-00002" in segment.name else 1)
-    chunk = (-(-(16 + 8 * rank_rows) // 32) + rank_rows) * 32  # prefix and ids, then rows
-    within_step_5 = 4096 + 5 * chunk - 40
+    stride = fmt.parse_header(segment.read_bytes()[: fmt.HEADER_BYTES]).stride
+    chunk = fmt.chunk_units(rank_rows, stride) * stride
+    within_step_5 = fmt.HEADER_BYTES + 5 * chunk - 40
     if how == "shard cut off":
         os.truncate(segment, within_step_5)
     else:
