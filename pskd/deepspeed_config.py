@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pskd.errors import PskdError
 
-SHIPPED = Path(__file__).parents[1] / "ds_configs"
+# In a checkout a link to the folder at the top; in an installed package the files themselves.
+SHIPPED = Path(__file__).parent / "ds_configs"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16"}
