@@ -1,0 +1,191 @@
+"""Launched on two hosts: the same weights as by two processes on one, and nothing hangs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import ADDRESSES, two_hosts
+from tests.launches import (
+    DEADLINE_S,
+    ROOT,
+    kill,
+    metrics,
+    processes_of,
+    result,
+    status,
+    train,
+    wait_for_no_process,
+)
+from tests.photos import make_folder
+from tests.system import needs_root
+
+pytestmark = [
+    pytest.mark.slow,
+    needs_root,
+    pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2"),
+]
+COMMON = (
+    "--method.name=pskd",
+    "--model.name=preact_resnet8_w16",
+    "--train.batch_size=32",
+    "--train.epochs=4",
+    "--schedule.milestones=[3]",
+    "--checkpoint.every_steps=3",
+    "--run.threads=1",
+    "--run.timeout_s=15",
+    "--run.lock_wait_s=10",
+)
+ARRAYS = ("--data.name=digits", "--data.crop_padding=1", "--data.limit=256")
+
+
+@pytest.fixture(scope="module")
+def flags_of(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for split, seed, count in (("train", 0, 60), ("val", 1, 5)):
+        make_folder(root / split, classes=3, per_class=count, median_side=48, seed=seed)
+    folder = (
+        "--data.name=imagefolder",
+        "--data.image_size=32",
+        "--data.validation_resize=36",
+        f"--data.root={root}",
+    )
+    return {"arrays": (*COMMON, *ARRAYS), "folder": (*COMMON, *folder)}
+
+
+@pytest.fixture(scope="module")
+def on_one_host(flags_of, tmp_path_factory):
+    """weights_sha256 of two processes on one host, by data set."""
+    done = {}
+
+    def of(data):
+        if data not in done:
+            run_dir = tmp_path_factory.mktemp("one-host") / "run"
+            job = train(run_dir, *flags_of[data])
+            assert job.process.returncode == 0, job.output()
+            done[data] = result(run_dir)["weights_sha256"]
+        return done[data]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    with two_hosts(str(os.getpid())[-4:]) as made:
+        yield made
+
+
+class Launch:
+    """A command on each of the two hosts."""
+
+    def __init__(self, hosts, run_dir, flags, private=False, before=()):
+        self.run_dir = run_dir
+        self.logs = [run_dir.with_name(f"host-{host}.log") for host in (0, 1)]
+        environment = {**os.environ, "PSKD_BIN": str(Path(sys.executable).parent)}
+        self.processes = []
+        for host, log in enumerate(self.logs):
+            command = [*before, *self.command(host), "--run.dir", str(run_dir), *flags]
+            with log.open("a") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [*hosts.prefix(host, run_dir if private else None), *command],
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                        start_new_session=True,
+                    )
+                )
+
+    def command(self, host):
+        raise NotImplementedError
+
+    def wait(self):
+        return [process.wait(DEADLINE_S) for process in self.processes]
+
+    def output(self):
+        return "\n".join(log.read_text() for log in self.logs)
+
+
+class Static(Launch):
+    def command(self, host):
+        script = str(ROOT / "scripts/torchrun.sh")
+        where = ["--nodes", "2", "--master", f"{ADDRESSES[0]}:29511", "--node-rank", str(host)]
+        return [script, *where, "--processes", "1", "--"]
+
+
+class C10d(Launch):
+    def command(self, host):
+        script = str(ROOT / "scripts/torchrun.sh")
+        where = ["--nodes", "2", "--master", f"{ADDRESSES[0]}:29512", "--rendezvous", "c10d"]
+        return [script, *where, "--processes", "1", "--"]
+
+
+def disk_of(run_dir, private):
+    """Where rank 0's files are."""
+    return run_dir.with_name("disk-of-host-0") if private else run_dir
+
+
+@pytest.mark.parametrize("data", ["arrays", "folder"])
+@pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
+@pytest.mark.parametrize("launcher", [Static, C10d])
+def test_two_hosts_train_what_one_does(
+    hosts, tmp_path, flags_of, on_one_host, launcher, private, data
+):
+    run_dir = tmp_path / "run"
+    job = launcher(hosts, run_dir, flags_of[data], private)
+    assert job.wait() == [0, 0], job.output()
+    found = disk_of(run_dir, private)
+    assert result(found)["weights_sha256"] == on_one_host(data)
+    assert len(metrics(found)) == 4
+
+
+def in_mid_run(job, found):
+    import time
+
+    deadline = time.monotonic() + DEADLINE_S
+    while not (found / "checkpoints" / "000001-00000003").exists():
+        assert all(process.poll() is None for process in job.processes), job.output()
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.02)
+
+
+def trainers(run_dir):
+    """The training processes, by rank, and not their launchers."""
+    found = [p for p in processes_of(run_dir) if "RANK" in p.environ()]
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
+@pytest.mark.parametrize("what", ["rank", "launcher", "cable", "stall"])
+def test_a_fault_ends_both_hosts_and_the_run_goes_on_to_the_same_weights(
+    hosts, tmp_path, flags_of, on_one_host, what, private
+):
+    run_dir = tmp_path / "run"
+    job = Static(hosts, run_dir, flags_of["arrays"], private)
+    found = disk_of(run_dir, private)
+    in_mid_run(job, found)
+    if what == "rank":
+        kill(trainers(run_dir)[1:])
+    elif what == "launcher":
+        job.processes[1].send_signal(signal.SIGKILL)
+    elif what == "cable":
+        hosts.cut()
+    else:
+        trainers(run_dir)[1].send_signal(signal.SIGSTOP)
+    try:
+        assert all(code != 0 for code in job.wait()), job.output()
+        if what == "stall":
+            kill(trainers(run_dir))
+        wait_for_no_process(run_dir)
+    finally:
+        hosts.mend()
+    assert status(found)["state"] == "failed", job.output()
+    if private:
+        shutil.rmtree(run_dir.with_name("disk-of-host-1"))  # costs nothing
+    again = Static(hosts, run_dir, flags_of["arrays"], private)
+    assert again.wait() == [0, 0], again.output()
+    assert result(found)["weights_sha256"] == on_one_host("arrays")
