@@ -282,10 +282,12 @@ def test_every_so_many_epochs_are_evaluated_and_the_last(pool, tmp_path, every, 
 
 
 def verdict(world: World, stopping: int, saving: int, losses: list[float]) -> dict:
-    """Of a step in which one rank was asked to stop, and one found that it is time to save."""
+    """Of a step in which one rank was asked to stop, one found that it is time to save, and
+    rank 1 met three images that it could not decode.
+    """
     guard = Guard(world)
     loss = torch.tensor(losses[world.rank])
-    guard.submit(world.rank == stopping, world.rank == saving, loss)
+    guard.submit(world.rank == stopping, world.rank == saving, loss, absent=3 * world.rank)
     return guard.read()._asdict()
 
 
@@ -293,7 +295,7 @@ def test_all_ranks_learn_of_requests_and_of_a_bad_loss(pool):
     for stopping, saving in ((1, -1), (-1, 0), (0, 0), (-1, -1)):
         for found in pool(2).run(verdict, stopping, saving, [1.0, 2.0]):
             asked = {"stop": stopping >= 0, "save": saving >= 0}
-            assert found == {**asked, "bad": False, "loss": 1.5}
+            assert found == {**asked, "bad": False, "absent": 3, "loss": 1.5}
     for losses in ([1.0, float("nan")], [float("-inf"), float("inf")]):
         for found in pool(2).run(verdict, -1, -1, losses):
             assert found["bad"] and not found["stop"] and not found["save"]

@@ -74,7 +74,7 @@ def write(path, sizes, header=HEADER, seed=0):
 
 def read(path, entry):
     """All that the entry names, verified: ids, rows."""
-    reader = SegmentReader(path, entry)
+    reader = SegmentReader(path, entry, for_read=True)
     reader.verify()
     chunks = list(reader.ids_and_units())
     ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in chunks)])
