@@ -11,9 +11,8 @@
 #   --print              print the commands, run nothing
 #   --launcher NAME      torchrun (default), deepspeed or python
 #   --processes P        a node (default: one a GPU; without GPUs 2)
-#   --nodes N            with torchrun: start this script on each node, with
-#   --node-rank R --master ADDRESS[:PORT]      the same master on all of them
-#   --hostfile FILE      with deepspeed: start it on one node
+# and, for many nodes, what scripts/torchrun.sh and scripts/deepspeed.sh take: --nodes, --node-rank,
+# --master, --rendezvous, --id; --hostfile, --ssh-port.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,43 +22,32 @@ refuse() { echo "error: $1" >&2; exit 2; }
 [ $# -gt 0 ] || { usage; exit 2; }
 case $1 in -h|--help) usage; exit 0 ;; esac
 table=$1; shift
-seeds="0 1 2" root=runs/reproduce launcher=torchrun nodes=1 node_rank=0
-print="" processes="" master="" hostfile=""
+seeds="0 1 2" root=runs/reproduce launcher=torchrun print="" options=()
 while [ $# -gt 0 ]; do
     case $1 in
         --print) print=yes; shift; continue ;;
         --) shift; break ;;
-        --seeds|--root|--launcher|--processes|--nodes|--node-rank|--master|--hostfile)
-            [ $# -gt 1 ] || refuse "$1 needs a value." ;;
+        --*) [ $# -gt 1 ] || refuse "$1 needs a value." ;;
         *) refuse "unknown option $1; flags of train.py go behind --. See $0 --help." ;;
     esac
-    name=${1#--}
-    printf -v "${name//-/_}" %s "$2"
+    case $1 in
+        --seeds) seeds=$2 ;;
+        --root) root=$2 ;;
+        --launcher) launcher=$2 ;;
+        --processes|--nodes|--node-rank|--master|--rendezvous|--id|--hostfile|--ssh-port)
+            options+=("$1" "$2") ;;
+        *) refuse "unknown option $1; flags of train.py go behind --. See $0 --help." ;;
+    esac
     shift 2
 done
 
 scripts/setup.sh
-bin=.venv/bin
-if [ -z "$processes" ]; then
-    processes=$($bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')
-fi
+bin=${PSKD_BIN:-.venv/bin}
 case $launcher in
-    torchrun)
-        start=($bin/torchrun --nproc-per-node "$processes")
-        if [ "$nodes" -gt 1 ]; then
-            [ -n "$master" ] || refuse "--nodes $nodes needs --master ADDRESS."
-            port=29500
-            case $master in *:*) port=${master##*:} ;; esac
-            start+=(--nnodes "$nodes" --node-rank "$node_rank")
-            start+=(--master-addr "${master%:*}" --master-port "$port")
-        else
-            start+=(--standalone)
-        fi ;;
-    deepspeed)
-        start=($bin/deepspeed)
-        if [ -n "$hostfile" ]; then start+=(--hostfile "$hostfile")
-        else start+=(--num_gpus "$processes"); fi ;;
-    python) start=($bin/python) ;;
+    torchrun|deepspeed) start=("scripts/$launcher.sh" "${options[@]}" --) ;;
+    python)
+        [ ${#options[@]} -eq 0 ] || refuse "--launcher python takes no ${options[0]}."
+        start=("$bin/python" train.py) ;;
     *) refuse "--launcher $launcher: use torchrun, deepspeed or python." ;;
 esac
 
@@ -68,7 +56,7 @@ runs=()
 for recipe in $recipes; do
     for seed in $seeds; do
         run=$root/$recipe-seed$seed
-        command=("${start[@]}" train.py --recipe "$recipe" --train.seed "$seed" --run.dir "$run")
+        command=("${start[@]}" --recipe "$recipe" --train.seed "$seed" --run.dir "$run")
         case $recipe in
             *-tfkd_self) command+=(--method.teacher "$root/${recipe%-tfkd_self}-baseline-seed$seed") ;;
         esac

@@ -5,7 +5,8 @@
 #
 # Ends with 0 when DIR/status.json says complete. Gives up with 1, and the reason, when TRIES starts
 # in a row (default 3) ended without a newer checkpoint, or when the command never began a run.
-# SIGTERM and SIGINT are passed on to the command, and end the loop: with 75 if the run can be resumed.
+# SIGTERM, SIGINT and SIGUSR1 are passed on to the command, and end the loop: with 75 if the run can be
+# resumed.
 set -uo pipefail
 set -m # a process group for the command: signals reach it once, and nothing of it is left behind
 
@@ -42,6 +43,7 @@ asked= child=
 pass_on() { asked=1; [ -z "$child" ] || kill -"$1" -- -"$child" 2>/dev/null; }
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
+trap 'pass_on USR1' USR1
 
 give_up() { echo "gave up: $1" >&2; exit 1; }
 

@@ -42,7 +42,9 @@ bin=${PSKD_BIN:-$here/.venv/bin}
 if [ -z "$processes" ]; then
     processes=$("$bin/python" -c 'import torch; print(torch.cuda.device_count() or 2)')
 fi
+# By default it would die of SIGUSR1, which batch systems send before the time is up.
 start=("$bin/torchrun" --nproc-per-node "$processes")
+start+=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
 if [ "$nodes" -eq 1 ]; then
     start+=(--standalone)
 else

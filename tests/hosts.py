@@ -1,11 +1,13 @@
 """Two hosts on one machine: network namespaces joined by a cable, each with its own loopback."""
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+SSH_PORT = 2222
 
 
 def ip(*arguments: str) -> None:
@@ -69,3 +71,45 @@ def two_hosts(tag: str) -> Iterator[Hosts]:
         yield hosts
     finally:
         hosts.remove()
+
+
+@contextmanager
+def ssh_servers(hosts: Hosts, at: Path, private: Path | None = None) -> Iterator[Path]:
+    """An sshd on each host, and the folder of an `ssh` that all of them let in without a password.
+
+    at: a directory for keys and configuration. private: as in `Hosts.prefix`.
+    """
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it
+    at.mkdir()
+    for key in ("host_key", "key"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(at / key)], check=True
+        )
+    (at / "sshd_config").write_text(
+        f"Port {SSH_PORT}\nHostKey {at}/host_key\nAuthorizedKeysFile {at}/key.pub\n"
+        "PidFile none\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n"
+    )
+    (at / "bin").mkdir()
+    client = at / "bin" / "ssh"
+    client.write_text(
+        "#!/bin/sh\n"
+        f"exec /usr/bin/ssh -i {at}/key -o StrictHostKeyChecking=no "
+        f'-o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
+    )
+    client.chmod(0o755)
+    servers = []
+    try:
+        for host in (0, 1):
+            command = ["/usr/sbin/sshd", "-D", "-f", str(at / "sshd_config"), "-E", str(at / "log")]
+            servers.append(subprocess.Popen([*hosts.prefix(host, private), *command]))
+        for address in ADDRESSES:
+            probe = [*hosts.prefix(0), str(client), "-p", str(SSH_PORT), address, "true"]
+            deadline = time.monotonic() + 30
+            while subprocess.run(probe, check=False).returncode != 0:
+                assert time.monotonic() < deadline, (at / "log").read_text()
+                time.sleep(0.1)
+        yield at / "bin"
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()

@@ -35,11 +35,11 @@ def run_script(*arguments, **environment):
 def printed(*arguments):
     done = run_script("reproduce.sh", arguments[0], "--print", *arguments[1:])
     assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines() if "train.py" in line]
+    return [shlex.split(line) for line in done.stdout.splitlines() if "--recipe" in line]
 
 
 def flags_of(command):
-    return command[command.index("train.py") + 1 :]
+    return command[command.index("--recipe") :]
 
 
 def test_a_whole_table_is_printed_as_commands_that_are_accepted():
@@ -47,7 +47,7 @@ def test_a_whole_table_is_printed_as_commands_that_are_accepted():
     names = recipe.table("cifar100")
     assert len(commands) == 2 * len(names)
     for command, name in list(zip(commands[::2], names, strict=True))[::5]:
-        assert command[:2] == [".venv/bin/torchrun", "--nproc-per-node"]
+        assert command[:2] == ["scripts/torchrun.sh", "--"]
         config = load(flags_of(command))
         assert (config.run.recipe, config.train.seed) == (name, 0)
         assert config.run.dir == f"some where/{name}-seed0"
@@ -63,13 +63,10 @@ def test_a_whole_table_is_printed_as_commands_that_are_accepted():
     [
         (
             "--nodes 2 --node-rank 1 --master node0:29511 --processes 8",
-            "torchrun --nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr node0 "
-            "--master-port 29511",
+            "scripts/torchrun.sh --nodes 2 --node-rank 1 --master node0:29511 --processes 8 --",
         ),
-        ("--nodes 2 --master 10.0.0.1 --processes 4", "--master-addr 10.0.0.1 --master-port 29500"),
-        ("--launcher deepspeed --hostfile hosts", "deepspeed --hostfile hosts"),
-        ("--launcher deepspeed --processes 4", "deepspeed --num_gpus 4"),
-        ("--launcher python", ".venv/bin/python train.py"),
+        ("--launcher deepspeed --hostfile hosts", "scripts/deepspeed.sh --hostfile hosts --"),
+        ("--launcher python", "bin/python train.py"),
     ],
 )
 def test_nodes_and_launcher_are_options(options, start):
@@ -88,6 +85,7 @@ def test_nodes_and_launcher_are_options(options, start):
         (("cifar100", "--seeds"), "--seeds needs a value"),
         (("cifar100", "--launcher", "mpirun"), "use torchrun, deepspeed or python"),
         (("cifar100", "--nodes", "2"), "--nodes 2 needs --master"),
+        (("cifar100", "--launcher", "python", "--nodes", "2"), "python takes no --nodes"),
         (("cifar1000", "--print"), "recipe 'cifar1000' is unknown"),
     ],
 )
@@ -115,6 +113,47 @@ def test_a_table_is_trained_resumed_and_set_beside_the_published_one(tmp_path):
     touched = [(run / "env.json").stat().st_mtime_ns for run in runs]
     assert [new != old for new, old in zip(touched, stamps, strict=True)] == [False, True]
     assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
+
+
+# --- torchrun.sh, deepspeed.sh -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "says"),
+    [
+        ("torchrun.sh", "", "scripts/torchrun.sh [options]"),
+        ("torchrun.sh", "--nodes 2 -- --run.dir x", "--nodes 2 needs --master"),
+        ("torchrun.sh", "--nodes 2 --master a -- --run.dir x", "needs --node-rank R"),
+        ("torchrun.sh", "--recipe digits-pskd", "flags of train.py go behind --"),
+        ("torchrun.sh", "-- --recipe digits-pskd", "need --run.dir"),
+        ("torchrun.sh", "--nodes 2 --master a --rendezvous mpi -- --run.dir x", "static or c10d"),
+        (
+            "torchrun.sh",
+            "--nodes 2 --master nowhere.invalid --rendezvous c10d -- --run.dir x",
+            "the master nowhere.invalid cannot be reached",
+        ),
+        ("deepspeed.sh", "", "scripts/deepspeed.sh [options]"),
+        ("deepspeed.sh", "-- --recipe digits-pskd", "need --run.dir"),
+        ("deepspeed.sh", "--no-ssh -- --run.dir x", "need --hostfile"),
+        ("deepspeed.sh", "--hostfile missing -- --run.dir x", "missing cannot be read"),
+        ("deepspeed.sh", "--hostfile {empty} -- --run.dir x", "names no node"),
+        ("deepspeed.sh", "--hostfile {hosts} --no-ssh -- --run.dir x", "needs --node-rank R"),
+        ("deepspeed.sh", "--hostfile {hosts} --node-rank 1 -- --run.dir x", "goes with --no-ssh"),
+        ("deepspeed.sh", "--hostfile {hosts} --processes 2 -- --run.dir x", "leave --processes"),
+        (
+            "deepspeed.sh",
+            "--hostfile {hosts} --no-ssh --node-rank 1 -- --run.dir x",
+            "no address is known for nowhere.invalid",
+        ),
+    ],
+)
+def test_launchers_refuse_what_cannot_work(script, options, says, tmp_path):
+    (tmp_path / "empty").write_text("# none\n\n")
+    (tmp_path / "hosts").write_text("# two\nnowhere.invalid slots=1\nelsewhere.invalid slots=1\n")
+    given = options.format(empty=tmp_path / "empty", hosts=tmp_path / "hosts")
+    done = run_script(script, *given.split(), PSKD_BIN=os.path.dirname(sys.executable))
+    assert done.returncode != 0
+    assert says in done.stdout + done.stderr
 
 
 # --- compare --by-recipe -------------------------------------------------------------------------

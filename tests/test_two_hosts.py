@@ -5,11 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import ADDRESSES, two_hosts
+from tests.hosts import ADDRESSES, SSH_PORT, ssh_servers, two_hosts
 from tests.launches import (
     DEADLINE_S,
     ROOT,
@@ -82,12 +83,14 @@ def hosts():
 class Launch:
     """A command on each of the two hosts."""
 
+    on = (0, 1)  # the hosts that it is started on
+
     def __init__(self, hosts, run_dir, flags, private=False, before=()):
         self.run_dir = run_dir
-        self.logs = [run_dir.with_name(f"host-{host}.log") for host in (0, 1)]
+        self.logs = [run_dir.with_name(f"host-{host}.log") for host in self.on]
         environment = {**os.environ, "PSKD_BIN": str(Path(sys.executable).parent)}
         self.processes = []
-        for host, log in enumerate(self.logs):
+        for host, log in zip(self.on, self.logs, strict=True):
             command = [*before, *self.command(host), "--run.dir", str(run_dir), *flags]
             with log.open("a") as file:
                 self.processes.append(
@@ -124,6 +127,26 @@ class C10d(Launch):
         return [script, *where, "--processes", "1", "--"]
 
 
+def hostfile_of(run_dir):
+    path = run_dir.with_name("hostfile")
+    path.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    return ["--hostfile", str(path)]
+
+
+class NoSsh(Launch):
+    def command(self, host):
+        script = str(ROOT / "scripts/deepspeed.sh")
+        return [script, *hostfile_of(self.run_dir), "--no-ssh", "--node-rank", str(host), "--"]
+
+
+class Pdsh(Launch):
+    on = (0,)
+
+    def command(self, host):
+        script = str(ROOT / "scripts/deepspeed.sh")
+        return [script, *hostfile_of(self.run_dir), "--ssh-port", str(SSH_PORT), "--"]
+
+
 def disk_of(run_dir, private):
     """Where rank 0's files are."""
     return run_dir.with_name("disk-of-host-0") if private else run_dir
@@ -131,7 +154,7 @@ def disk_of(run_dir, private):
 
 @pytest.mark.parametrize("data", ["arrays", "folder"])
 @pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
-@pytest.mark.parametrize("launcher", [Static, C10d])
+@pytest.mark.parametrize("launcher", [Static, C10d, NoSsh])
 def test_two_hosts_train_what_one_does(
     hosts, tmp_path, flags_of, on_one_host, launcher, private, data
 ):
@@ -143,9 +166,23 @@ def test_two_hosts_train_what_one_does(
     assert len(metrics(found)) == 4
 
 
-def in_mid_run(job, found):
-    import time
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="needs pdsh and openssh-server")
+@pytest.mark.parametrize("data", ["arrays", "folder"])
+@pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
+def test_pdsh_starts_both_hosts_from_one(
+    hosts, tmp_path, flags_of, on_one_host, private, data, monkeypatch
+):
+    run_dir = tmp_path / "run"
+    with ssh_servers(hosts, tmp_path / "ssh", run_dir if private else None) as programs:
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        job = Pdsh(hosts, run_dir, flags_of[data], private)
+        assert job.wait() == [0], job.output()
+    found = disk_of(run_dir, private)
+    assert result(found)["weights_sha256"] == on_one_host(data)
+    assert len(metrics(found)) == 4
 
+
+def in_mid_run(job, found):
     deadline = time.monotonic() + DEADLINE_S
     while not (found / "checkpoints" / "000001-00000003").exists():
         assert all(process.poll() is None for process in job.processes), job.output()
