@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -151,7 +152,7 @@ def test_launchers_refuse_what_cannot_work(script, options, says, tmp_path):
     (tmp_path / "empty").write_text("# none\n\n")
     (tmp_path / "hosts").write_text("# two\nnowhere.invalid slots=1\nelsewhere.invalid slots=1\n")
     given = options.format(empty=tmp_path / "empty", hosts=tmp_path / "hosts")
-    done = run_script(script, *given.split(), PSKD_BIN=os.path.dirname(sys.executable))
+    done = run_script(script, *given.split(), PSKD_BIN=str(Path(sys.executable).parent))
     assert done.returncode != 0
     assert says in done.stdout + done.stderr
 
