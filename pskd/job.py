@@ -199,7 +199,7 @@ def _prepare(
         store=store,
         checkpoints=checkpoints,
         history=parts.history,
-        status=Status(directory, config.train.epochs, start.number) if here.rank == 0 else None,
+        status=Status(directory, config.train.epochs, start.number) if sites.leads else None,
     )
     return trainer, position
 

@@ -71,7 +71,7 @@ class Trainer:
     store: Store | None
     checkpoints: Checkpoints
     history: History
-    status: Status | None  # on rank 0
+    status: Status | None  # on the first rank that sees a directory
 
     def __post_init__(self) -> None:
         self._guard = Guard(self.world)
@@ -113,10 +113,11 @@ class Trainer:
         return EXIT_COMPLETE
 
     def _begin(self, position: Position) -> None:
-        """Rank 0: say that the run is on, and finish what a kill may have cut off."""
-        if self.status is None:
+        """Say that the run is on; rank 0 finishes what a kill may have cut off."""
+        if self.status is not None:
+            self.status.write("running", None, *position)
+        if self.world.rank != 0:
             return
-        self.status.write("running", None, *position)
         self.run_dir.write_metrics(self.history.lines)
         if position.step == 0 and self.history.lines:
             self._export()
@@ -322,16 +323,17 @@ class Trainer:
 
     def _complete(self) -> None:
         """The end: result.json, and the status that launch scripts wait for."""
-        if self.status is None:
-            return
-        result = {
-            "last": self.history.lines[-1],
-            "best": self.history.best,
-            "weights_sha256": weights_sha256(self.engine.model),
-            "images_not_decoded": self.history.absent,
-        }
-        self.run_dir.write_json("result.json", result)
-        self.status.write("complete", None, self.config.train.epochs, 0)
+        with self.world.together():
+            if self.world.rank == 0:
+                result = {
+                    "last": self.history.lines[-1],
+                    "best": self.history.best,
+                    "weights_sha256": weights_sha256(self.engine.model),
+                    "images_not_decoded": self.history.absent,
+                }
+                self.run_dir.write_json("result.json", result)
+        if self.status is not None:
+            self.status.write("complete", None, self.config.train.epochs, 0)
         log.info("complete: %s", self.run_dir.path)
 
     def _say_stopped(self, epoch: int, step: int) -> None:

@@ -60,7 +60,7 @@ while [ -z "$asked" ]; do
     child=
     look
     [ "$starts" -gt "$before" ] || reason="it ended with $code before it resumed the run"
-    case $state$code in complete0 | unknown0) exit 0 ;; esac # unknown: it is kept on another node
+    case $state$code in complete0) exit 0 ;; esac
     [ "$state" = complete ] && [ "$starts" -gt "$before" ] && exit 0
     [ "$starts" -gt 0 ] || give_up "the command ended with $code and began no run in $run"
     if [[ $newest > $best ]]; then best=$newest tries=0; else tries=$((tries + 1)); fi

@@ -113,7 +113,8 @@ def test_with_batchnorm_ids_and_rows_are_exact_all_the_same(tmp_path):
     assert status(run_dir)["state"] == "complete"
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 4)])
+@pytest.mark.slow
 def test_zero_shards_are_resumed_by_as_many_ranks_only(tmp_path, stage, ranks):
     run_dir = tmp_path / "run"
     flags = (*FLAGS, "--train.epochs=1", f"--deepspeed_config=fp32-zero{stage}")

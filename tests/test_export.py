@@ -232,13 +232,12 @@ def pyramidnet200_a240(p, x):
     return p.linear("fc", F.relu(p.bn("bn_final", x)).mean((2, 3)), 100)
 
 
-NETWORKS = (
+LARGE = (resnet101_cifar, resnext29_8x64d, pyramidnet200_a240)
+NETWORKS = [
     preact_resnet18,
-    resnet101_cifar,
     densenet121_cifar,
-    resnext29_8x64d,
-    pyramidnet200_a240,
-)
+    *(pytest.param(n, marks=pytest.mark.slow, id=n.__name__) for n in LARGE),
+]
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)

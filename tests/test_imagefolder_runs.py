@@ -274,8 +274,8 @@ def damaged(tmp_path_factory):
 
 def test_substituted_images_are_named_counted_and_not_remembered(damaged, tmp_path, nothing_left):
     root, decodes = damaged
-    flags = flags_on(root, "--data.on_bad_image=substitute")
-    reference = train(tmp_path / "reference", *flags, "--checkpoint.keep=40")
+    flags = flags_on(root, "--data.on_bad_image=substitute", "--checkpoint.keep=40")
+    reference = forked.train(tmp_path / "reference", *flags)
     assert reference.process.returncode == 0, reference.output()
     bad = sorted({sample for (_, sample), fine in decodes.items() if not fine})
     assert result(tmp_path / "reference")["images_not_decoded"] == bad
@@ -298,7 +298,14 @@ def test_substituted_images_are_named_counted_and_not_remembered(damaged, tmp_pa
     assert reference.output().count("a grey image of weight 0 takes its place") == sum(
         not fine for fine in decodes.values()
     )
-    # Killed and resumed: the same.
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_the_substitutes_are_the_same(damaged, tmp_path, nothing_left):
+    root, _ = damaged
+    flags = flags_on(root, "--data.on_bad_image=substitute")
+    reference = train(tmp_path / "reference", *flags)
+    assert reference.process.returncode == 0, reference.output()
     run_dir = tmp_path / "run"
     kill_inside_an_epoch(Job(run_dir, *flags))
     again = train(run_dir, "--data.threads=2", "--data.prefetch=1")

@@ -280,7 +280,7 @@ def slowly(*values):
         ("cskd", "mixup", "cutout", ("--train.accumulation=2",)),
         ("pskd by model", "none", "nothing", EMA),
         ("pskd averaged", "cutmix", "random-erasing", ()),
-        ("tfkd_self", "mixup", "nothing", ()),
+        slowly("tfkd_self", "mixup", "nothing", ()),
         slowly("cskd", "cutmix", "random-erasing", ("--train.accumulation=2",)),
         slowly("pskd by model", "cutmix", "cutout", ("--method.schedule=cosine",)),
         slowly("pskd", "mixup", "random-erasing", ("--method.schedule=constant",)),

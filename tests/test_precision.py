@@ -123,6 +123,7 @@ def test_options_for_speed_train_what_the_default_trains(pool, flag):
         np.testing.assert_allclose(weights, want_weights, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_what_the_eager_one_trains(pool):
     ((losses, weights),) = pool(1).run(run, "fp32", "--engine.compile=true")
     ((want_losses, want_weights),) = pool(1).run(run, "fp32")

@@ -35,7 +35,7 @@ def test_every_other_command_of_the_readme_works(tmp_path):
     others = [line for line in commands() if line.split("#")[0].strip() not in MAIN]
     assert others
     (tmp_path / "scripts").mkdir()
-    for name in ("train.py", "ds_configs", "scripts/run_until_done.sh"):
+    for name in ("train.py", "ds_configs", "scripts/run_until_done.sh", "scripts/torchrun.sh"):
         (tmp_path / name).symlink_to(ROOT / name)
     table = tmp_path / "scripts" / "reproduce.sh"  # it works in the folder where it lies
     table.write_text(f'exec {ROOT}/scripts/reproduce.sh "$@"')
@@ -53,7 +53,7 @@ def test_every_other_command_of_the_readme_works(tmp_path):
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PSKD_BIN": str(Path(sys.executable).parent)},
         capture_output=True,
         text=True,
         check=False,

@@ -79,7 +79,7 @@ def kill_at_random(job, whom, rng, pause_s=0.5):
         pytest.param(1, "launcher", marks=pytest.mark.slow),
         (2, "all"),
         (2, "one"),
-        (2, "launcher"),
+        pytest.param(2, "launcher", marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_started_again_ends_with_the_same_bits(tmp_path, undisturbed, processes, whom):
@@ -130,7 +130,7 @@ def test_killed_many_times_ends_with_the_same_bits(tmp_path, undisturbed, proces
     assert_same_run(run_dir, undisturbed(processes))
 
 
-@pytest.mark.parametrize("to", ["launcher", "one worker"])
+@pytest.mark.parametrize("to", [pytest.param("launcher", marks=pytest.mark.slow), "one worker"])
 def test_a_stop_request_is_agreed_saved_and_resumed(tmp_path, undisturbed, to):
     run_dir = tmp_path / "run"
     job = (Job if to == "launcher" else ForkedJob)(run_dir, *FLAGS)
@@ -180,7 +180,7 @@ def test_a_stopped_process_exits_with_75(tmp_path):
 
 
 ENGINES = [
-    "bf16",
+    pytest.param("bf16", marks=pytest.mark.slow),
     pytest.param("fp16", marks=pytest.mark.slow),
     "fp32-zero1",
     pytest.param("bf16-zero2", marks=pytest.mark.slow),

@@ -261,6 +261,7 @@ class TestOtherSettings:
         assert [line["epoch"] for line in metrics(new)] == [0, 1, 2, 3]
         assert metrics(new)[3]["alpha"] == pytest.approx(0.8)
 
+    @pytest.mark.slow
     def test_from_baseline_to_pskd_and_back(self, jobs, tmp_path):
         """Without past predictions the first targets are one-hot, and that is said."""
         baseline, pskd, back = tmp_path / "baseline", tmp_path / "pskd", tmp_path / "back"

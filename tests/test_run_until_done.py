@@ -44,9 +44,10 @@ def test_a_bad_flag_is_said_once_and_not_repeated(tmp_path):
     assert f"gave up: the command ended with 1 and began no run in {tmp_path}/run" in job.output()
 
 
-def test_a_command_without_a_run_directory_is_refused(tmp_path):
+def test_a_command_without_a_run_or_its_directory_is_refused(tmp_path):
     job = train(tmp_path / "run", processes=None, prefix=[*LOOP, "true"], program="x")
-    assert job.process.returncode == 0, "true has done what there was to do"
+    assert job.process.returncode == 1
+    assert f"gave up: the command ended with 0 and began no run in {tmp_path}/run" in job.output()
     job = train(tmp_path / "a", processes=None, prefix=["sh", "-c", f"{LOOP[0]} true"])
     assert job.process.returncode == 1
     assert "the command needs --run.dir DIR" in job.output()

@@ -300,6 +300,7 @@ def test_damaged(stopped, undisturbed, processes, data, how):
         assert aside.is_dir()
 
 
+@pytest.mark.slow
 def test_a_truncated_shard_of_zero(tmp_path):
     flags = (*COMMON, *ARRAYS, "--deepspeed_config=fp32-zero1", "--checkpoint.keep=100")
     reference = forked.train(tmp_path / "reference", *flags)

@@ -1,11 +1,15 @@
 """Launched on two hosts: the same weights as by two processes on one, and nothing hangs."""
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,7 @@ pytestmark = [
     needs_root,
     pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2"),
 ]
+LOOP = [str(ROOT / "scripts/run_until_done.sh")]
 COMMON = (
     "--method.name=pskd",
     "--model.name=preact_resnet8_w16",
@@ -86,7 +91,7 @@ class Launch:
     on = (0, 1)  # the hosts that it is started on
 
     def __init__(self, hosts, run_dir, flags, private=False, before=()):
-        self.run_dir = run_dir
+        self.hosts, self.run_dir = hosts, run_dir
         self.logs = [run_dir.with_name(f"host-{host}.log") for host in self.on]
         environment = {**os.environ, "PSKD_BIN": str(Path(sys.executable).parent)}
         self.processes = []
@@ -113,38 +118,31 @@ class Launch:
         return "\n".join(log.read_text() for log in self.logs)
 
 
-class Static(Launch):
-    def command(self, host):
-        script = str(ROOT / "scripts/torchrun.sh")
-        where = ["--nodes", "2", "--master", f"{ADDRESSES[0]}:29511", "--node-rank", str(host)]
-        return [script, *where, "--processes", "1", "--"]
+class Documented(Launch):
+    """A line of the README. options: that it gets besides."""
 
-
-class C10d(Launch):
-    def command(self, host):
-        script = str(ROOT / "scripts/torchrun.sh")
-        where = ["--nodes", "2", "--master", f"{ADDRESSES[0]}:29512", "--rendezvous", "c10d"]
-        return [script, *where, "--processes", "1", "--"]
-
-
-def hostfile_of(run_dir):
-    path = run_dir.with_name("hostfile")
-    path.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    return ["--hostfile", str(path)]
-
-
-class NoSsh(Launch):
-    def command(self, host):
-        script = str(ROOT / "scripts/deepspeed.sh")
-        return [script, *hostfile_of(self.run_dir), "--no-ssh", "--node-rank", str(host), "--"]
-
-
-class Pdsh(Launch):
-    on = (0,)
+    def __init__(self, hosts, run_dir, flags, private=False, before=(), line="", options=()):
+        block = re.search(r"```sh two-nodes\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        (text,) = [found for found in block[1].splitlines() if line in found]
+        self._words = shlex.split(text, comments=True)
+        self._options = options
+        self._hostfile = run_dir.with_name("hostfile")
+        self._hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+        if "alone" in text:
+            self.on = (0,)
+        super().__init__(hosts, run_dir, flags, private, before)
 
     def command(self, host):
-        script = str(ROOT / "scripts/deepspeed.sh")
-        return [script, *hostfile_of(self.run_dir), "--ssh-port", str(SSH_PORT), "--"]
+        own = {"R": str(host), "node0": f"{ADDRESSES[0]}:29511", "hosts": str(self._hostfile)}
+        script, *words = [own.get(word, word) for word in self._words]
+        return [str(ROOT / script), *self._options, *words[: words.index("--") + 1]]
+
+
+Static = partial(Documented, line="--master node0 --node-rank", options=("--processes", "1"))
+C10d = partial(Documented, line="c10d", options=("--processes", "1"))
+NoSsh = partial(Documented, line="--no-ssh")
+Pdsh = partial(Documented, line="--hostfile hosts -- ", options=("--ssh-port", str(SSH_PORT)))
+NAMES = {"static": Static, "c10d": C10d, "no-ssh": NoSsh}
 
 
 def disk_of(run_dir, private):
@@ -154,29 +152,13 @@ def disk_of(run_dir, private):
 
 @pytest.mark.parametrize("data", ["arrays", "folder"])
 @pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
-@pytest.mark.parametrize("launcher", [Static, C10d, NoSsh])
+@pytest.mark.parametrize("launcher", NAMES)
 def test_two_hosts_train_what_one_does(
     hosts, tmp_path, flags_of, on_one_host, launcher, private, data
 ):
     run_dir = tmp_path / "run"
-    job = launcher(hosts, run_dir, flags_of[data], private)
+    job = NAMES[launcher](hosts, run_dir, flags_of[data], private)
     assert job.wait() == [0, 0], job.output()
-    found = disk_of(run_dir, private)
-    assert result(found)["weights_sha256"] == on_one_host(data)
-    assert len(metrics(found)) == 4
-
-
-@pytest.mark.skipif(shutil.which("pdsh") is None, reason="needs pdsh and openssh-server")
-@pytest.mark.parametrize("data", ["arrays", "folder"])
-@pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
-def test_pdsh_starts_both_hosts_from_one(
-    hosts, tmp_path, flags_of, on_one_host, private, data, monkeypatch
-):
-    run_dir = tmp_path / "run"
-    with ssh_servers(hosts, tmp_path / "ssh", run_dir if private else None) as programs:
-        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-        job = Pdsh(hosts, run_dir, flags_of[data], private)
-        assert job.wait() == [0], job.output()
     found = disk_of(run_dir, private)
     assert result(found)["weights_sha256"] == on_one_host(data)
     assert len(metrics(found)) == 4
@@ -225,4 +207,96 @@ def test_a_fault_ends_both_hosts_and_the_run_goes_on_to_the_same_weights(
         shutil.rmtree(run_dir.with_name("disk-of-host-1"))  # costs nothing
     again = Static(hosts, run_dir, flags_of["arrays"], private)
     assert again.wait() == [0, 0], again.output()
+    assert result(found)["weights_sha256"] == on_one_host("arrays")
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
+@pytest.mark.parametrize("what", ["rank", "launcher", "cable", "stall"])
+@pytest.mark.parametrize("launcher", ["static", "no-ssh"])
+def test_restarted_on_both_hosts_the_run_finishes_to_the_same_weights(
+    hosts, tmp_path, flags_of, on_one_host, launcher, what, private
+):
+    run_dir = tmp_path / "run"
+    job = NAMES[launcher](hosts, run_dir, flags_of["arrays"], private, before=LOOP)
+    found = disk_of(run_dir, private)
+    in_mid_run(job, found)
+    victim = trainers(run_dir)[1]
+    if what == "rank":
+        victim.kill()
+    elif what == "launcher":
+        victim.parent().kill()
+    elif what == "cable":
+        hosts.cut()
+        try:
+            deadline = time.monotonic() + DEADLINE_S
+            while status(found)["state"] == "running":
+                assert time.monotonic() < deadline, job.output()
+                time.sleep(0.1)
+        finally:
+            hosts.mend()
+    else:
+        victim.send_signal(signal.SIGSTOP)
+    assert job.wait() == [0, 0], job.output()
+    assert "starting again" in job.output()
+    assert result(found)["weights_sha256"] == on_one_host("arrays")
+    wait_for_no_process(run_dir)
+
+
+# --- pdsh: both hosts are started from one --------------------------------------------------------
+
+needs_pdsh = pytest.mark.skipif(
+    shutil.which("pdsh") is None or not Path("/usr/sbin/sshd").exists(),
+    reason="needs pdsh and openssh-server",
+)
+
+
+@pytest.fixture
+def pdsh(hosts, tmp_path, monkeypatch):
+    """A launch by pdsh, into a run directory that is shared or not."""
+    with ExitStack() as stack:
+
+        def start(flags, private, before=()):
+            run_dir = tmp_path / "run"
+            servers = ssh_servers(hosts, tmp_path / "ssh", run_dir if private else None)
+            programs = stack.enter_context(servers)
+            monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+            return Pdsh(hosts, run_dir, flags, private, before), disk_of(run_dir, private)
+
+        yield start
+
+
+@needs_pdsh
+@pytest.mark.parametrize("data", ["arrays", "folder"])
+@pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
+def test_pdsh_starts_both_hosts_from_one(pdsh, flags_of, on_one_host, private, data):
+    job, found = pdsh(flags_of[data], private)
+    assert job.wait() == [0], job.output()
+    assert result(found)["weights_sha256"] == on_one_host(data)
+    assert len(metrics(found)) == 4
+
+
+@needs_pdsh
+@pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
+def test_under_pdsh_a_lost_rank_ends_both_hosts_and_the_loop_finishes(
+    pdsh, flags_of, on_one_host, private
+):
+    job, found = pdsh(flags_of["arrays"], private, before=LOOP)
+    in_mid_run(job, found)
+    trainers(job.run_dir)[1].kill()
+    assert job.wait() == [0], job.output()
+    assert "starting again" in job.output()
+    assert result(found)["weights_sha256"] == on_one_host("arrays")
+    wait_for_no_process(job.run_dir)
+
+
+@needs_pdsh
+def test_under_pdsh_a_signal_to_the_loop_saves_and_stops_both_hosts(pdsh, flags_of, on_one_host):
+    job, found = pdsh(flags_of["arrays"], False, before=LOOP)
+    in_mid_run(job, found)
+    job.processes[0].send_signal(signal.SIGTERM)
+    assert job.wait() == [75], job.output()
+    assert status(found)["state"] == "stopped"
+    wait_for_no_process(job.run_dir)
+    again = Pdsh(job.hosts, job.run_dir, flags_of["arrays"])
+    assert again.wait() == [0], again.output()
     assert result(found)["weights_sha256"] == on_one_host("arrays")
