@@ -27,7 +27,7 @@ from pskd.startup import Origin, open_directory, register_start
 from pskd.store.store import Store, StoreOptions
 from pskd.teacher import TrainedNetwork
 from pskd.trainer import Trainer
-from pskd.weights import export_bytes, initialise, weights_sha256
+from pskd.weights import initialise, weights_sha256
 from pskd.world import World
 
 log = logging.getLogger("pskd")
@@ -183,7 +183,17 @@ def _prepare(
     parts.register(checkpoints)
     position = resume(parts, checkpoints, origin, here, sites)
     if position.epoch < config.train.epochs:
-        _check_disk(config, parts, directory, here, sites)
+        need = disk.need_of(
+            config,
+            engine.model,
+            n=plan.n,
+            classes=catalog.num_classes,
+            ranks=here.size,
+            sharded=engine.sharded,
+        )
+        with here.together():
+            if sites.leads:
+                log.info("%s", disk.check(directory.path, need))
     log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
@@ -228,18 +238,3 @@ def _initialise(model: torch.nn.Module, config: Config, directory: RunDir, here:
                 f"model.init {section.init} holds other weights on ranks {odd} than on rank 0. "
                 "Give every node the same file."
             )
-
-
-def _check_disk(config: Config, parts: Parts, directory: RunDir, here: World, sites: Sites) -> None:
-    """Say what the run will need at its peak on each site's disk; refuse if it is not there."""
-    one_export = export_bytes(parts.engine.model)
-    teacher = one_export if "teacher" in parts.method.state_dict() else 0  # None, at first
-    need = disk.need(
-        config,
-        state_bytes=parts.engine.state_bytes() + teacher,
-        generation_bytes=0 if parts.store is None else parts.store.generation_bytes,
-        export_bytes=one_export,
-    )
-    with here.together():
-        if sites.leads:
-            log.info("%s", disk.check(directory.path, need))
