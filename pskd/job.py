@@ -62,10 +62,10 @@ class _Job:
         here = world.start(config.run.timeout_s)
         log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
         threads = world.set_threads(config.run.threads, here)
-        _compare_configurations(config, here)
+        compare_configurations(config, here)
         catalog, plan = samples(config, here)
-        model = _network(config, catalog, here)
-        settings = _deepspeed_settings(config, plan, here)
+        model = network(config, catalog, here)
+        settings = deepspeed_settings(config, here)
         directory, sites = open_directory(config, settings, here)
         self.path = directory.path
         start, origin = register_start(config, settings, here, directory, sites, threads)
@@ -98,7 +98,7 @@ class _Job:
             launch.leave_the_last_word()
 
 
-def _compare_configurations(config: Config, here: World) -> None:
+def compare_configurations(config: Config, here: World) -> None:
     """Refuse ranks that were given another command line or file."""
     mine = {
         key: value
@@ -116,13 +116,14 @@ def _compare_configurations(config: Config, here: World) -> None:
             )
 
 
-def _deepspeed_settings(config: Config, plan: Plan, here: World) -> dict[str, Any]:
+def deepspeed_settings(config: Config, here: World) -> dict[str, Any]:
+    """For `deepspeed.initialize`; refused on all ranks if on one."""
     with here.together():
         settings = deepspeed_config.complete(
             config.engine.deepspeed_config,
-            batch=plan.global_batch,
+            batch=config.train.batch_size,
             world=here.size,
-            accumulation=plan.accumulation,
+            accumulation=config.train.accumulation,
             clip_norm=config.optimizer.clip_norm,
         )
     return settings
@@ -214,7 +215,7 @@ def _prepare(
     return trainer, position
 
 
-def _network(config: Config, catalog: AnyCatalog, here: World) -> torch.nn.Module:
+def network(config: Config, catalog: AnyCatalog, here: World) -> torch.nn.Module:
     """Freshly initialised, the same on every rank; one that takes the images."""
     torch.manual_seed(config.train.seed)
     model = models.build(config.model.name, catalog.num_classes)

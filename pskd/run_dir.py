@@ -152,8 +152,8 @@ class RunDir:
                 changes.append(f"{key} was {before}, now {value}")
         return changes
 
-    def reconcile(self, config: Config) -> None:
-        """Save the configuration, or compare it with the one that the run began with.
+    def check_same(self, config: Config) -> None:
+        """Compare the configuration with the one that the run began with, if there is one.
 
         Raises:
             PskdError: a value that changes the result differs; names each.
@@ -164,6 +164,14 @@ class RunDir:
                 f"{self.path} holds a run of another configuration: {'; '.join(changes)}. "
                 "Use the old values, or another --run.dir."
             )
+
+    def reconcile(self, config: Config) -> None:
+        """Save the configuration, or compare it with the one that the run began with.
+
+        Raises:
+            PskdError: a value that changes the result differs; names each.
+        """
+        self.check_same(config)
         write_atomically(self.path / "config.yaml", config.to_yaml().encode())
 
     def engine_differences(self, settings: dict[str, Any]) -> list[str]:

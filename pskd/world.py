@@ -21,7 +21,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from pskd import launch
 from pskd.errors import AgreedError, PskdError, together
 
-_DRIVER = Path("/proc/driver/nvidia/version")
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def choose_device(local_rank: int, local_size: int, gpus: int) -> torch.device:
         PskdError: more ranks than GPUs on this node, or GPUs that torch cannot use.
     """
     if gpus == 0:
-        if _DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
             raise PskdError(
                 "this node has an NVIDIA driver, but torch finds no GPU that it can use: the "
                 "driver may be older than torch's CUDA. Update it, or set CUDA_VISIBLE_DEVICES= "
