@@ -51,7 +51,7 @@ def check(config: Config, master: Master | None, timeout_s: int) -> bool:
     except PskdError as error:
         raise PskdError(f"{error}. {_TOGETHER}") from error
     try:
-        ready = _look(config, master, timeout_s, launched, place, here)
+        ready = look(config, master, timeout_s, launched, place, here)
         world.stop(here)
     except RuntimeError as error:
         if not is_lost_peer(error):
@@ -63,7 +63,7 @@ def check(config: Config, master: Master | None, timeout_s: int) -> bool:
     return ready
 
 
-def _look(
+def look(
     config: Config,
     master: Master | None,
     timeout_s: int,
@@ -71,6 +71,7 @@ def _look(
     place: launch.Launch,
     here: World,
 ) -> bool:
+    """Collective. Look at everything; rank 0 prints the page."""
     first_of_node = here.rank - here.local_rank
     nodes = sorted(set(here.gather(first_of_node)))
     chosen_line, chosen = device.device(place)
