@@ -74,7 +74,7 @@ def test_torchrun_gets_one_page_of_both_ranks(tmp_path):
     page = lines_of(done.stdout)
     assert done.stdout.count("2 ranks on 1 node\n") == done.stdout.count("Ready to train") == 1
     assert "ranks 0-1\n" in done.stdout
-    assert "by the launcher; 2 ranks met there" in page["master"][1]
+    assert "by this job; 2 ranks met there" in page["master"][1]
     assert "gloo, 1.0 MB over 2 ranks" in page["all-reduce"][1]
     assert page["store"] == (OK, "all 2 ranks see one run directory: nothing has to travel", "")
 
@@ -158,7 +158,7 @@ def test_other_commands_still_refuse_what_they_do_not_know(capsys):
 
 
 def test_data_that_are_not_there(tmp_path):
-    flags = ["--recipe=cifar100-preact_resnet18-pskd", f"--data.root={tmp_path / 'none'}"]
+    flags = ["--recipe=fashion-mnist-2k-pskd", f"--data.root={tmp_path / 'none'}"]
     job = doctor(tmp_path / "run", *flags)
     assert job.process.returncode == 1
     assert lines_of(job.output())["data"][0] == WRONG
@@ -297,8 +297,8 @@ def test_a_host_name_that_is_loopback_matters_to_several_nodes():
 
 
 def test_loopback_is_no_way_to_other_nodes():
-    assert network.interface("127.0.0.1", nodes=1)[0].state == OK
-    line, own = network.interface("127.0.0.1", nodes=2)
+    assert network.interface("127.0.0.1", several=False)[0].state == OK
+    line, own = network.interface("127.0.0.1", several=True)
     assert (line.state, own) == (WRONG, "127.0.0.1")
 
 
@@ -324,6 +324,7 @@ def test_ranks_that_do_not_come_together_end_in_time(tmp_path, rank):
     assert f"127.0.0.1:{port}" in job.output()
     assert "within --timeout 2" in job.output()
     assert "firewall" in job.output()
+    assert ("Other nodes cannot reach it" in job.output()) == (rank == 0)
 
 
 # --- clocks --------------------------------------------------------------------------------------
@@ -495,7 +496,7 @@ class TestTwoHosts:
         for host, address in enumerate(ADDRESSES):
             assert f"node {host}: {socket.gethostname()}, {address}, rank {host}\n" in first
         page = lines_of(first)
-        assert f"{ADDRESSES[0]}:29517, in use by the launcher" in page["master"][1]
+        assert f"{ADDRESSES[0]}:29517, in use by this job" in page["master"][1]
         assert page["clock"][0] == OK
         assert "2 run directories" in page["store"][1]
 

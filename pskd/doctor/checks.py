@@ -14,7 +14,7 @@ import torch
 from pskd import launch, world
 from pskd.config import Config
 from pskd.doctor import device, machine, network, software, storage, training
-from pskd.doctor.page import OK, Line, Place, render
+from pskd.doctor.page import OK, WRONG, Line, Place, render
 from pskd.errors import PskdError
 from pskd.failure import is_lost_peer
 from pskd.sites import Sites, discover
@@ -49,7 +49,11 @@ def check(config: Config, master: Master | None, timeout_s: int) -> bool:
     try:
         here = world.join(place, torch.device("cpu"), timeout_s, "--timeout")
     except PskdError as error:
-        raise PskdError(f"{error}. {_TOGETHER}") from error
+        way, _ = network.interface(
+            os.environ["MASTER_ADDR"], several=place.world_size > place.local_world_size
+        )
+        also = f" {way.text}: {way.remedy}" if way.state == WRONG else ""
+        raise PskdError(f"{error}.{also} {_TOGETHER}") from error
     try:
         ready = look(config, master, timeout_s, launched, place, here)
         world.stop(here)
@@ -78,8 +82,9 @@ def look(
     on = chosen or torch.device("cpu")
     kinds = here.gather((first_of_node, "" if chosen is None else chosen.type))
     gpu_ranks = sum(node == first_of_node and kind == "cuda" for node, kind in kinds)
+    several = len(nodes) > 1 or master is not None
     route_line, own_address = network.interface(
-        os.environ["MASTER_ADDR"] if master is None else master.address, len(nodes)
+        os.environ["MASTER_ADDR"] if master is None else master.address, several
     )
     lines: list[Line] = []
     if here.local_rank == 0:
@@ -92,7 +97,7 @@ def look(
             machine.memory(here.local_size),
             machine.shared_memory(gpu_ranks),
             machine.open_files(here.size),
-            network.host_name(name, several=len(nodes) > 1 or master is not None),
+            network.host_name(name, several),
             route_line,
         ]
     lines += _meeting(master, timeout_s, launched, here)
@@ -122,7 +127,7 @@ def _meeting(master: Master | None, timeout_s: int, launched: bool, here: World)
     if not launched:
         return [Line("master", OK, "one process needs none")]
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    return [Line("master", OK, f"{where}, in use by the launcher; {here.size} ranks met there")]
+    return [Line("master", OK, f"{where}, in use by this job; {here.size} ranks met there")]
 
 
 def _run_directory(config: Config, here: World) -> tuple[list[Line], Path, Sites]:
@@ -150,7 +155,7 @@ def _run_directory(config: Config, here: World) -> tuple[list[Line], Path, Sites
     try:
         sites = discover(here, sees_first, sees_own)
     except PskdError as error:
-        return [*lines, Line("store", "WRONG", str(error))], path, Sites(here, [0] * here.size)
+        return [*lines, Line("store", WRONG, str(error))], path, Sites(here, [0] * here.size)
     if here.rank == 0:
         lines.append(Line("store", OK, _transport(here, sites)))
     return lines, path, sites

@@ -38,15 +38,18 @@ class Stamp(NamedTuple):
     arrived: float
 
 
-def interface(master: str, nodes: int) -> tuple[Line, str]:
-    """What gloo binds, and the address of this host on the way to the master."""
+def interface(master: str, several: bool) -> tuple[Line, str]:
+    """What gloo binds, and the address of this host on the way to the master.
+
+    several: other nodes take part.
+    """
     name, own = launch.route(master)
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", name)
     if own is None or chosen is None:
         return Line("interface", WRONG, f"no route to the master {master}", _REACH), "no address"
     by = "the route to" if chosen == name else "GLOO_SOCKET_IFNAME, not the route to"
     text = f"{chosen} ({own}), by {by} the master {master}"
-    if nodes > 1 and ipaddress.ip_address(own).is_loopback:
+    if several and ipaddress.ip_address(own).is_loopback:
         remedy = "Other nodes cannot reach it: name the master by an address that they reach."
         return Line("interface", WRONG, text, remedy), own
     return Line("interface", OK, text), own
