@@ -12,7 +12,12 @@ from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, PskdError
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, flags = parser.parse_known_args(argv)
+    if arguments.run_command == _doctor:
+        return _doctor(arguments, flags)
+    if flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         arguments.run_command(arguments)
     except PskdError as error:
@@ -55,6 +60,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="a run's network for other programs"))
     _add_import(commands.add_parser("import", help="weights of public code for this program"))
     _add_index(commands.add_parser("index", help="look at a folder of images, once"))
+    _add_doctor(
+        commands.add_parser(
+            "doctor",
+            help="whether this machine, or all nodes together, can train",
+            usage="%(prog)s [--master ADDRESS[:PORT]] [--timeout S] [flags of train.py]",
+            description="Says on one page whether this machine can run a training, and what to do "
+            "where it cannot. Takes the flags of train.py; changes nothing. On all nodes together: "
+            "torchrun ... -m pskd.cli doctor ..., or torchrun ... --no-python pskd doctor ...; "
+            "`deepspeed --module` as well.",
+            allow_abbrev=False,
+        )
+    )
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     for name, run, text in (
@@ -137,6 +154,23 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     index.set_defaults(run_command=_index)
 
 
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument(
+        "--master",
+        metavar="ADDRESS[:PORT]",
+        help="without a launcher: look whether this node reaches the master of a coming one "
+        "(default port: 29500)",
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=int,
+        default=60,
+        metavar="S",
+        help="seconds after which other ranks count as out of reach (default: 60)",
+    )
+    doctor.set_defaults(run_command=_doctor)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     import numpy as np  # noqa: PLC0415
 
@@ -206,6 +240,12 @@ def _index(arguments: argparse.Namespace) -> None:
 
     for report in reports(arguments):
         print(report)
+
+
+def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from pskd.doctor.command import run  # noqa: PLC0415
+
+    return run(flags, arguments.master, arguments.timeout)
 
 
 def _store_info(arguments: argparse.Namespace) -> None:

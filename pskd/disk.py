@@ -4,12 +4,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from pskd.config import Config
 from pskd.errors import PskdError
+from pskd.files import existing
+from pskd.methods import registry
 from pskd.progress import readable_bytes
+from pskd.store.generation import generation_bytes
+from pskd.store.registry import create_encoding
+from pskd.weights import export_bytes
 
 _KEPT_IN = ("checkpoints/[0-9]*/*", "store/gen-*/*", "models/*")
 _LINE_BYTES = 512  # of the history, an epoch
+_HEAD_BYTES = 512  # that a file of torch.save spends on each tensor, about
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,38 @@ def need(config: Config, state_bytes: int, generation_bytes: int, export_bytes: 
     )
 
 
+def need_of(
+    config: Config, model: nn.Module, *, n: int, classes: int, ranks: int, sharded: bool
+) -> Need:
+    """Of a run on n samples by so many ranks. model: any network of its kind. sharded: by ZeRO."""
+    method = registry.kind(config.method)
+    weights = sum(p.nbytes + _HEAD_BYTES for p in model.parameters())
+    buffers = sum(b.nbytes + _HEAD_BYTES for b in model.buffers())
+    # Of all ranks, once the optimizer has momentum. ZeRO's shards hold the weights once more.
+    copies = 1 + int(config.optimizer.momentum != 0) + int(sharded)
+    networks = int(config.model.ema_decay > 0) + int(method.keeps_network)
+    row_bytes = create_encoding(config.store.encoding).row_bytes(classes)
+    return need(
+        config,
+        state_bytes=copies * weights + buffers + networks * (weights + buffers),
+        generation_bytes=generation_bytes(n, row_bytes, ranks) if method.needs_store else 0,
+        export_bytes=export_bytes(model),
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """What is free where a directory lies, or will lie."""
+    stat = os.statvfs(existing(path))
+    return stat.f_bavail * stat.f_frsize
+
+
 def check(run_dir: Path, need: Need) -> str:
     """Compare the need with what is free and what the run already holds; a line for the log.
 
     Raises:
         PskdError: it does not fit.
     """
-    stat = os.statvfs(run_dir)
-    free = stat.f_bavail * stat.f_frsize
+    free = free_bytes(run_dir)
     held = sum(p.stat().st_blocks * 512 for part in _KEPT_IN for p in run_dir.glob(part))
     have = f"{readable_bytes(free)} are free and {readable_bytes(held)} held by the run"
     if need.total_bytes > free + held:

@@ -20,7 +20,6 @@ from pskd.config import EngineSection, OptimizerSection
 from pskd.errors import PskdError
 from pskd.weights import difference
 
-_HEAD_BYTES = 512  # that a file of torch.save spends on each tensor, about
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -151,16 +150,6 @@ class Engine:
             "optimizer": self._optimizer.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
-
-    def state_bytes(self) -> int:
-        """Of all ranks' state in a checkpoint, once the optimizer has momentum."""
-        weights = sum(p.nbytes + _HEAD_BYTES for p in self.model.parameters())
-        buffers = sum(b.nbytes + _HEAD_BYTES for b in self.model.buffers())
-        momentum = any(group["momentum"] for group in self._optimizer.param_groups)
-        # ZeRO's shards hold the weights once more.
-        copies = 1 + int(momentum) + int(self.sharded)
-        average = 0 if self._average is None else weights + buffers
-        return copies * weights + buffers + average
 
     def check_fits(self, state: dict[str, Any], source: Path) -> None:
         """Refuse the state of another network.

@@ -47,7 +47,7 @@ def understand(error: BaseException, train: TrainSection) -> Failure:
             return Failure(f"{what}. Start again when it is mended.", "this")
         case RuntimeError() if _is_out_of_memory(error):
             return Failure(_out_of_memory(text, train), "this")
-        case RuntimeError() if _is_lost_peer(error):
+        case RuntimeError() if is_lost_peer(error):
             first_line = text.splitlines()[0]
             return Failure(
                 f"lost another rank ({first_line}). Nothing that was saved is lost: start again "
@@ -57,7 +57,8 @@ def understand(error: BaseException, train: TrainSection) -> Failure:
     return Failure("".join(traceback.format_exception(error)).strip(), "this")
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether it came from another rank that is gone or silent."""
     text = str(error)
     signs = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)

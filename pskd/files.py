@@ -30,6 +30,12 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     sync_directory(path.parent)
 
 
+def existing(path: Path) -> Path:
+    """The path itself if it is there, else the nearest directory above it that is."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and new names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

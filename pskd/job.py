@@ -27,7 +27,7 @@ from pskd.startup import Origin, open_directory, register_start
 from pskd.store.store import Store, StoreOptions
 from pskd.teacher import TrainedNetwork
 from pskd.trainer import Trainer
-from pskd.weights import export_bytes, initialise, weights_sha256
+from pskd.weights import initialise, weights_sha256
 from pskd.world import World
 
 log = logging.getLogger("pskd")
@@ -62,10 +62,10 @@ class _Job:
         here = world.start(config.run.timeout_s)
         log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
         threads = world.set_threads(config.run.threads, here)
-        _compare_configurations(config, here)
+        compare_configurations(config, here)
         catalog, plan = samples(config, here)
-        model = _network(config, catalog, here)
-        settings = _deepspeed_settings(config, plan, here)
+        model = network(config, catalog, here)
+        settings = deepspeed_settings(config, here)
         directory, sites = open_directory(config, settings, here)
         self.path = directory.path
         start, origin = register_start(config, settings, here, directory, sites, threads)
@@ -98,7 +98,7 @@ class _Job:
             launch.leave_the_last_word()
 
 
-def _compare_configurations(config: Config, here: World) -> None:
+def compare_configurations(config: Config, here: World) -> None:
     """Refuse ranks that were given another command line or file."""
     mine = {
         key: value
@@ -116,13 +116,14 @@ def _compare_configurations(config: Config, here: World) -> None:
             )
 
 
-def _deepspeed_settings(config: Config, plan: Plan, here: World) -> dict[str, Any]:
+def deepspeed_settings(config: Config, here: World) -> dict[str, Any]:
+    """For `deepspeed.initialize`; refused on all ranks if on one."""
     with here.together():
         settings = deepspeed_config.complete(
             config.engine.deepspeed_config,
-            batch=plan.global_batch,
+            batch=config.train.batch_size,
             world=here.size,
-            accumulation=plan.accumulation,
+            accumulation=config.train.accumulation,
             clip_norm=config.optimizer.clip_norm,
         )
     return settings
@@ -183,7 +184,17 @@ def _prepare(
     parts.register(checkpoints)
     position = resume(parts, checkpoints, origin, here, sites)
     if position.epoch < config.train.epochs:
-        _check_disk(config, parts, directory, here, sites)
+        need = disk.need_of(
+            config,
+            engine.model,
+            n=plan.n,
+            classes=catalog.num_classes,
+            ranks=here.size,
+            sharded=engine.sharded,
+        )
+        with here.together():
+            if sites.leads:
+                log.info("%s", disk.check(directory.path, need))
     log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
@@ -204,7 +215,7 @@ def _prepare(
     return trainer, position
 
 
-def _network(config: Config, catalog: AnyCatalog, here: World) -> torch.nn.Module:
+def network(config: Config, catalog: AnyCatalog, here: World) -> torch.nn.Module:
     """Freshly initialised, the same on every rank; one that takes the images."""
     torch.manual_seed(config.train.seed)
     model = models.build(config.model.name, catalog.num_classes)
@@ -228,18 +239,3 @@ def _initialise(model: torch.nn.Module, config: Config, directory: RunDir, here:
                 f"model.init {section.init} holds other weights on ranks {odd} than on rank 0. "
                 "Give every node the same file."
             )
-
-
-def _check_disk(config: Config, parts: Parts, directory: RunDir, here: World, sites: Sites) -> None:
-    """Say what the run will need at its peak on each site's disk; refuse if it is not there."""
-    one_export = export_bytes(parts.engine.model)
-    teacher = one_export if "teacher" in parts.method.state_dict() else 0  # None, at first
-    need = disk.need(
-        config,
-        state_bytes=parts.engine.state_bytes() + teacher,
-        generation_bytes=0 if parts.store is None else parts.store.generation_bytes,
-        export_bytes=one_export,
-    )
-    with here.together():
-        if sites.leads:
-            log.info("%s", disk.check(directory.path, need))

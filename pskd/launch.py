@@ -94,17 +94,23 @@ def choose_interface() -> None:
 
     gloo binds what the host name resolves to, which is loopback on many hosts.
     """
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface, _ = route(os.environ["MASTER_ADDR"])
+        if interface is not None:  # an unreachable master is named by the rendezvous itself
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def route(master: str) -> tuple[str | None, str | None]:
+    """The interface and the own address by which this host reaches an address; None: no way."""
     import psutil  # noqa: PLC0415  (a launcher may die while it is imported)
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((os.environ["MASTER_ADDR"], 9))  # UDP: sends nothing
+            probe.connect((master, 9))  # UDP: sends nothing
         except OSError:
-            return  # an unreachable master is named by the rendezvous itself
-        address = probe.getsockname()[0]
+            return None, None
+        own = str(probe.getsockname()[0])
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == address for a in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-            return
+        if any(a.address == own for a in addresses):
+            return name, own
+    return None, own

@@ -72,20 +72,10 @@ class RunDir:
                 "Choose another with --run.dir, or change its permissions."
             ) from error
         deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    lock.seek(0)
-                    owner = lock.read().strip() or "an unknown process"
-                    raise PskdError(
-                        f"run directory {self.path} is in use by {owner} "
-                        f"(last heartbeat {self._heartbeat_age()}). "
-                        "Stop that job, or choose another --run.dir."
-                    ) from None
-                time.sleep(0.2)
+        while (owner := self._owner(lock, fcntl.LOCK_EX)) is not None:
+            if time.monotonic() > deadline:
+                raise self._in_use(owner)
+            time.sleep(0.2)
         for directory in (self.path, self.models):  # what killed processes left half written
             for aside in directory.glob(".*.tmp"):
                 aside.unlink()
@@ -93,6 +83,36 @@ class RunDir:
         lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
         lock.flush()
         self._lock = lock
+
+    def check_free(self) -> None:
+        """Look at the lock, and take nothing.
+
+        Raises:
+            PskdError: a job owns the directory.
+            OSError: the lock cannot be read.
+        """
+        path = self.path / "lock"
+        if path.exists():
+            with path.open() as lock:
+                owner = self._owner(lock, fcntl.LOCK_SH)
+            if owner is not None:
+                raise self._in_use(owner)
+
+    def _owner(self, lock: IO[str], kind: int) -> str | None:
+        """Take the lock, or say who has it."""
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            return lock.read().strip() or "an unknown process"
+        return None
+
+    def _in_use(self, owner: str) -> PskdError:
+        return PskdError(
+            f"run directory {self.path} is in use by {owner} "
+            f"(last heartbeat {self._heartbeat_age()}). "
+            "Stop that job, or choose another --run.dir."
+        )
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file, atomically."""
@@ -132,8 +152,8 @@ class RunDir:
                 changes.append(f"{key} was {before}, now {value}")
         return changes
 
-    def reconcile(self, config: Config) -> None:
-        """Save the configuration, or compare it with the one that the run began with.
+    def check_same(self, config: Config) -> None:
+        """Compare the configuration with the one that the run began with, if there is one.
 
         Raises:
             PskdError: a value that changes the result differs; names each.
@@ -144,6 +164,14 @@ class RunDir:
                 f"{self.path} holds a run of another configuration: {'; '.join(changes)}. "
                 "Use the old values, or another --run.dir."
             )
+
+    def reconcile(self, config: Config) -> None:
+        """Save the configuration, or compare it with the one that the run began with.
+
+        Raises:
+            PskdError: a value that changes the result differs; names each.
+        """
+        self.check_same(config)
         write_atomically(self.path / "config.yaml", config.to_yaml().encode())
 
     def engine_differences(self, settings: dict[str, Any]) -> list[str]:

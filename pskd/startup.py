@@ -58,14 +58,23 @@ def open_directory(config: Config, settings: dict[str, Any], here: World) -> tup
         directory = RunDir(Path(path) if sees_first else own)
     if sites.separate:
         log.info("nodes share no run directory: segments and checkpoints travel between them")
-        if deepspeed_config.stage(settings):
-            raise AgreedError(
-                f"engine.deepspeed_config {config.engine.deepspeed_config}: ZeRO-1 and 2 need a "
-                "run directory that all nodes share, as each rank writes a shard. Share it, or "
-                "use stage 0."
-            )
+        check_shared(config, settings)
         sites.recover(directory.path, _RECORDS, key="env.json")
     return directory, sites
+
+
+def check_shared(config: Config, settings: dict[str, Any]) -> None:
+    """Where nodes share no run directory.
+
+    Raises:
+        AgreedError: with ZeRO.
+    """
+    if deepspeed_config.stage(settings):
+        raise AgreedError(
+            f"engine.deepspeed_config {config.engine.deepspeed_config}: ZeRO-1 and 2 need a "
+            "run directory that all nodes share, as each rank writes a shard. Share it, or "
+            "use stage 0."
+        )
 
 
 def register_start(

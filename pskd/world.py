@@ -21,7 +21,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from pskd import launch
 from pskd.errors import AgreedError, PskdError, together
 
-_DRIVER = Path("/proc/driver/nvidia/version")
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def start(timeout_s: int) -> World:
     Raises:
         PskdError: the others cannot be reached in time.
     """
-    _quieten()
     place = launch.from_environment()
-    launch.choose_interface()
     try:
         device = choose_device(place.local_rank, place.local_world_size, torch.cuda.device_count())
     except PskdError as error:
@@ -79,6 +77,13 @@ def start(timeout_s: int) -> World:
         raise AgreedError(str(error)) from error  # known to its node's first rank, who says it
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    return join(place, device, timeout_s, "run.timeout_s")
+
+
+def join(place: launch.Launch, device: torch.device, timeout_s: int, limit: str) -> World:
+    """As `start`, on a device that was chosen. limit: what the timeout is called in messages."""
+    _quieten()
+    launch.choose_interface()
     timeout = timedelta(seconds=timeout_s)
     try:
         # verbose False: DeepSpeed would print the backend on every rank.
@@ -92,7 +97,7 @@ def start(timeout_s: int) -> World:
     except (RuntimeError, ValueError) as error:
         raise PskdError(
             f"rank {place.rank} of {place.world_size} could not reach the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within run.timeout_s "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {limit} "
             f"{timeout_s}: {error}"
         ) from error
     return World(
@@ -113,7 +118,7 @@ def choose_device(local_rank: int, local_size: int, gpus: int) -> torch.device:
         PskdError: more ranks than GPUs on this node, or GPUs that torch cannot use.
     """
     if gpus == 0:
-        if _DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
             raise PskdError(
                 "this node has an NVIDIA driver, but torch finds no GPU that it can use: the "
                 "driver may be older than torch's CUDA. Update it, or set CUDA_VISIBLE_DEVICES= "

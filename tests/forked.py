@@ -4,15 +4,19 @@ The same program and the same collectives as in a real launch, at a tenth of its
 launcher does is tested by real launches (`launches.py`).
 """
 
+import ctypes
 import functools
+import importlib
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,12 +25,19 @@ from tests.launches import DEADLINE_S, Job
 
 
 def _nurse(pipe: Connection) -> None:
-    """Answers (argv, environment, log) with a rank's pid; a pid with its exit code, or None."""
+    """Answers (program, argv, environment, log, disk) with a rank's pid; a pid with its exit code,
+    or None. program: pskd.entry or pskd.cli. disk: of this rank alone, (source, where), or None.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
+    import deepspeed.ops
+
+    import pskd.data.dali
+    import pskd.doctor.checks
     import pskd.job  # noqa: F401
     from pskd.data import digits
-    from pskd.entry import main
     from pskd.models import MODELS
+
+    assert deepspeed.ops.__compatible_ops__  # a second of probing, once
 
     MODELS["plain"] = ("tests.plain_network", {})  # a network of the user's own
     digits.load(None, False)
@@ -36,15 +47,25 @@ def _nurse(pipe: Connection) -> None:
             pid, status = os.waitpid(asked, os.WNOHANG)
             pipe.send(os.waitstatus_to_exitcode(status) if pid else None)
             continue
-        argv, environment, log = asked
+        program, argv, environment, log, disk = asked
         pid = os.fork()
         if pid == 0:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1)
             os.dup2(file, 2)
             os.environ.update(environment)
-            os._exit(main(argv))
+            if disk is not None:
+                _mount(*disk)
+            os._exit(importlib.import_module(program).main(argv))
         pipe.send(pid)
+
+
+def _mount(source: Path, where: Path) -> None:
+    """In a mount namespace of this process's own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(0x20000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWNS
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "--bind", source, where], check=True)
 
 
 @functools.cache
@@ -66,8 +87,18 @@ def _ask(question: object) -> int | None:
 class _Ranks:
     """The ranks of a job, with the part of a Popen's interface that tests use."""
 
-    def __init__(self, argv: list[str], environments: list[dict[str, str]], log: Path) -> None:
-        self.pids = [_ask((argv, environment, str(log))) for environment in environments]
+    def __init__(
+        self,
+        argv: list[str],
+        environments: list[dict[str, str]],
+        log: Path,
+        program: str,
+        disks: Sequence[tuple[Path, Path] | None],
+    ) -> None:
+        self.pids = [
+            _ask((program, argv, environment, str(log), disk))
+            for environment, disk in zip(environments, disks, strict=True)
+        ]
         self.pid = self.pids[0]
         self._codes: dict[int, int] = {}
 
@@ -111,7 +142,19 @@ class _Ranks:
 class ForkedJob(Job):
     """As `Job`; processes None: a single process that no launcher has set variables for."""
 
-    def __init__(self, run_dir: Path, *flags: str, processes: int | None = 2) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *flags: str,
+        processes: int | None = 2,
+        program: str = "pskd.entry",
+        command: Sequence[str] = (),
+        disks: Sequence[Path] = (),
+        **variables: str,
+    ) -> None:
+        """`disks`: of each rank, which is then a node; they see them as the run directory.
+        variables: of the environment, for all ranks.
+        """
         self.run_dir = run_dir
         self.log = run_dir.parent / f"{run_dir.name}-{time.monotonic_ns()}.log"
         self.log.touch()
@@ -123,19 +166,31 @@ class ForkedJob(Job):
             {
                 **job,
                 "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
+                "LOCAL_RANK": "0" if disks else str(rank),
                 "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": "1" if disks else str(processes),
+                **variables,
             }
             for rank in range(processes or 0)
         ]
-        argv = ["--run.dir", str(run_dir), *map(str, flags)]
-        self.process = _Ranks(argv, environments or [{}], self.log)
+        argv = [*command, "--run.dir", str(run_dir), *map(str, flags)]
+        environments = environments or [variables]
+        private = [(disk, run_dir) for disk in disks] or [None] * len(environments)
+        self.process = _Ranks(argv, environments, self.log, program, private)
 
     def workers(self) -> list[psutil.Process]:
         """The living ranks, in order."""
         self.process.poll()
         return [psutil.Process(pid) for pid in self.process.living]
+
+
+def doctor(run_dir: Path, *flags: str, processes: int | None = None, **options: Any) -> ForkedJob:
+    """`pskd doctor`: start and wait."""
+    job = ForkedJob(
+        run_dir, *flags, processes=processes, program="pskd.cli", command=["doctor"], **options
+    )
+    job.wait()
+    return job
 
 
 def train(run_dir: Path, *flags: str, processes: int | None = 2) -> ForkedJob:

@@ -305,7 +305,7 @@ def compare_configurations(world: World, flag: str) -> str:
     """What a rank hears when the last rank was given one more flag, `flag`."""
     flags = ["--recipe", "digits-pskd"] + [flag] * (world.rank == world.size - 1)
     try:
-        job._compare_configurations(command_line.load(flags), world)
+        job.compare_configurations(command_line.load(flags), world)
     except PskdError as error:
         return f"{type(error).__name__}: {error}"
     return "fine"

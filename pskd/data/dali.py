@@ -32,7 +32,7 @@ from pskd.order import Ids, MicroBatch, Walk
 
 log = logging.getLogger("pskd")
 
-_GREY = np.frombuffer(str(Path(__file__).with_name("grey.png")).encode(), np.uint8)
+GREY = np.frombuffer(str(Path(__file__).with_name("grey.png")).encode(), np.uint8)
 _GREY_WINDOW = np.array([0, 0, 8, 8], np.int32)
 _DRAWN_AT_A_TIME = 1024  # samples
 
@@ -198,7 +198,7 @@ class DaliData:
                 if bad:
                     self._grey[micro.epoch, micro.step, micro.micro] = bad
                 for row in bad:
-                    rows.paths[row] = _GREY
+                    rows.paths[row] = GREY
                     rows.windows_R4[row] = _GREY_WINDOW
                 bad = None
                 yield rows

@@ -66,11 +66,12 @@ class Method(Protocol):
     """A way to train.
 
     needs_store: it reads `past`, and returns what to remember. needs_peers: it wants an image of
-    another sample of the same class beside each.
+    another sample of the same class beside each. keeps_network: one more is in a checkpoint.
     """
 
     needs_store: bool
     needs_peers: bool
+    keeps_network: bool
 
     def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
         """Collective. Set the epoch's constants (alpha, ...); returns those worth a log line."""
@@ -98,6 +99,7 @@ class Stateless:
 
     needs_store = False
     needs_peers = False
+    keeps_network = False
 
     def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
         """The loss is the same in every epoch."""

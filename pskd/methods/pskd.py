@@ -176,6 +176,8 @@ class PSKD(Stateless):
 class PSKDByModel(Stateless):
     """The loss above, with last epoch's model as the teacher; one more forward pass, no table."""
 
+    keeps_network = True
+
     def __init__(self, section: PSKDSection, network: Network) -> None:
         self._section = section
         self._network = network

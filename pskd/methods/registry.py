@@ -2,7 +2,7 @@
 
 from pskd.methods.baseline import Baseline
 from pskd.methods.cskd import CSKD
-from pskd.methods.interface import Method, Network
+from pskd.methods.interface import Method, Network, Stateless
 from pskd.methods.label_smoothing import LabelSmoothing
 from pskd.methods.pskd import PSKD, PSKDByModel
 from pskd.methods.sections import (
@@ -15,6 +15,22 @@ from pskd.methods.sections import (
     TFKDSelfSection,
 )
 from pskd.methods.tfkd import TFKDReg, TFKDSelf
+
+_KINDS: dict[type[MethodSection], type[Stateless]] = {
+    BaselineSection: Baseline,
+    LabelSmoothingSection: LabelSmoothing,
+    CSKDSection: CSKD,
+    TFKDSelfSection: TFKDSelf,
+    TFKDRegSection: TFKDReg,
+    PSKDSection: PSKD,
+}
+
+
+def kind(section: MethodSection) -> type[Stateless]:
+    """The class of the section's method, which says what it needs."""
+    if isinstance(section, PSKDSection) and section.teacher == "model":
+        return PSKDByModel
+    return _KINDS[type(section)]
 
 
 def create(section: MethodSection, network: Network) -> Method:

@@ -19,7 +19,7 @@ from pskd import files
 from pskd.errors import DamagedError, PskdError
 from pskd.order import Ids
 from pskd.store.encoding import Encoding
-from pskd.store.format import VERSION, Entry
+from pskd.store.format import VERSION, Entry, room_bytes, stride_of
 from pskd.store.registry import create_encoding
 from pskd.store.segment import REMEDY, Bytes, SegmentReader, explain
 
@@ -154,6 +154,11 @@ class Generation:
         parts = zip(np.array_split(units_B, _PREADS), np.array_split(out_BR, _PREADS), strict=True)
         for done in [self._readers.submit(segment.read, u, o) for u, o in parts]:
             done.result()
+
+
+def generation_bytes(n: int, row_bytes: int, ranks: int) -> int:
+    """What a generation of n rows takes on the disk, written by so many ranks."""
+    return ranks * room_bytes(-(-n // ranks), stride_of(row_bytes))
 
 
 def expect(segment: SegmentReader, name: str, want: object, have: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pskd.errors import PskdError
 from pskd.order import Ids, partition
 from pskd.store.appender import Appender
-from pskd.store.format import Entry, Header, room_bytes, stride_of
+from pskd.store.format import Entry, Header
 from pskd.store.generation import (
     MANIFEST,
     Generation,
@@ -100,12 +100,6 @@ class Store:
     def epoch(self) -> int:
         """Of the growing generation."""
         return self._epoch
-
-    @property
-    def generation_bytes(self) -> int:
-        """What a generation takes on the disk, by as many ranks as there are now."""
-        rows = -(-self._n // self._peers.size)
-        return self._peers.size * room_bytes(rows, stride_of(self._row_bytes))
 
     def begin_epoch(self, epoch: int) -> None:
         """Make generation epoch - 1 readable and start generation `epoch`.
