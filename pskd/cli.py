@@ -3,11 +3,13 @@
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from zipfile import BadZipFile
 
 from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, PskdError
+from pskd.health import STALE_S, check
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="a run's network for other programs"))
     _add_import(commands.add_parser("import", help="weights of public code for this program"))
     _add_index(commands.add_parser("index", help="look at a folder of images, once"))
+    _add_health(commands.add_parser("health", help="whether a run is alive: exit code 0 or 1"))
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     for name, run, text in (
@@ -137,6 +140,24 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     index.set_defaults(run_command=_index)
 
 
+def _add_health(health: argparse.ArgumentParser) -> None:
+    health.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        metavar="RUN",
+        help="the run directory (default: the environment's PSKD_RUN_DIR)",
+    )
+    health.add_argument(
+        "--stale-s",
+        type=float,
+        default=STALE_S,
+        metavar="S",
+        help=f"how old its heartbeat may be, in seconds (default: {STALE_S:g})",
+    )
+    health.set_defaults(run_command=_health)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     import numpy as np  # noqa: PLC0415
 
@@ -206,6 +227,13 @@ def _index(arguments: argparse.Namespace) -> None:
 
     for report in reports(arguments):
         print(report)
+
+
+def _health(arguments: argparse.Namespace) -> None:
+    run = arguments.run or os.environ.get("PSKD_RUN_DIR")
+    if not run:
+        raise PskdError("pskd health needs RUN, a run directory, or PSKD_RUN_DIR.")
+    print(check(Path(run), arguments.stale_s))
 
 
 def _store_info(arguments: argparse.Namespace) -> None:
