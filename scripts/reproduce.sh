@@ -39,13 +39,13 @@ while [ $# -gt 0 ]; do
 done
 
 scripts/setup.sh
-bin=.venv/bin
+bin=${PSKD_BIN:-.venv/bin}
 if [ -z "$processes" ]; then
-    processes=$($bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+    processes=$("$bin"/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 fi
 case $launcher in
     torchrun)
-        start=($bin/torchrun --nproc-per-node "$processes")
+        start=("$bin"/torchrun --nproc-per-node "$processes")
         if [ "$nodes" -gt 1 ]; then
             [ -n "$master" ] || refuse "--nodes $nodes needs --master ADDRESS."
             port=29500
@@ -56,14 +56,14 @@ case $launcher in
             start+=(--standalone)
         fi ;;
     deepspeed)
-        start=($bin/deepspeed)
+        start=("$bin"/deepspeed)
         if [ -n "$hostfile" ]; then start+=(--hostfile "$hostfile")
         else start+=(--num_gpus "$processes"); fi ;;
-    python) start=($bin/python) ;;
+    python) start=("$bin"/python) ;;
     *) refuse "--launcher $launcher: use torchrun, deepspeed or python." ;;
 esac
 
-recipes=$($bin/pskd recipes "$table" --names)
+recipes=$("$bin"/pskd recipes "$table" --names)
 runs=()
 for recipe in $recipes; do
     for seed in $seeds; do
@@ -81,4 +81,4 @@ for recipe in $recipes; do
         fi
     done
 done
-[ -n "$print" ] || $bin/pskd compare --by-recipe "${runs[@]}"
+[ -n "$print" ] || "$bin"/pskd compare --by-recipe "${runs[@]}"
