@@ -1,14 +1,23 @@
-"""The image and what runs in it. Containers themselves: slow, as root, by podman."""
+"""The image and what runs in it. Containers themselves: slow, as root, by podman.
 
+PSKD_IMAGE names an image that is there (NAME-base: its base), to test that one; else it is built.
+"""
+
+import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 
 from pskd.command_line import load
-from tests.launches import ROOT
+from tests.containers import built, configure, needs_containers, podman, site_paths
+from tests.hosts import ADDRESSES, two_hosts
+from tests.launches import DEADLINE_S, ROOT, metrics, result, status
 
 NODES = ("--nodes", "2", "--node-rank", "1", "--master", "10.0.0.1")
 FLAGS = ("--recipe", "digits-pskd", "--run.dir", "runs/some-run")
@@ -170,3 +179,167 @@ def test_what_the_image_says_can_be_started_is_there():
     for words in commands:
         if "train.py" in words and "--recipe" in words and "NAME" not in words:
             load(words[words.index("train.py") + 1 :])
+
+
+# --- containers ----------------------------------------------------------------------------------
+
+slow = [pytest.mark.slow, needs_containers, pytest.mark.timeout(3600)]
+
+
+def containers(test):
+    for mark in slow:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("image")
+    with pytest.MonkeyPatch.context() as patch:
+        if "CONTAINERS_CONF" not in os.environ:
+            patch.setenv("CONTAINERS_CONF", str(configure(directory)))
+        if "PSKD_IMAGE" in os.environ:
+            yield os.environ["PSKD_IMAGE"]
+        else:
+            with built(directory, "localhost/pskd-test") as name:
+                yield name
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A directory that any user may write."""
+    path = tmp_path / "runs"
+    path.mkdir()
+    path.chmod(0o777)
+    return path
+
+
+@containers
+def test_without_a_command_it_says_what_can_be_started(image):
+    assert podman("run", "--rm", image).stdout == (ROOT / "scripts" / "container.txt").read_text()
+
+
+@containers
+def test_any_user_may_ask_for_help(image):
+    asked = podman("run", "--rm", "--user=4321:4321", image, "python", "train.py", "--help")
+    assert "--train.batch_size" in asked.stdout
+    assert "digits-pskd" in podman("run", "--rm", image, "pskd", "recipes").stdout
+    refused = podman("run", "--rm", image, "python", "train.py", "--recipe=digit", check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.count("error: ") == 1
+
+
+@containers
+def test_nothing_of_the_builders_site_is_left_in_it(image):
+    found = ["find", *site_paths(), "-type", "f", "-size", "+0", "-exec", "sha256sum", "{}", ";"]
+    before, after = (
+        podman("run", "--rm", "--user=0", name, *found, check=False).stdout.splitlines()
+        for name in (f"{image}-base", image)
+    )
+    assert sorted(after) == sorted(before)
+    (config,) = json.loads(podman("image", "inspect", image).stdout)
+    names = {entry.partition("=")[0] for entry in config["Config"]["Env"]}
+    assert names <= {"PATH", "PSKD_BIN", "HOME", "USER", "PSKD_RUN_DIR"}
+
+
+@containers
+def test_the_demo_runs_without_network_as_nobody_in_particular(image, runs):
+    where = [
+        "--network=none",
+        f"--volume={runs}:/runs",
+        "--env=PSKD_RUN_DIR=/runs/demo/digits-pskd",
+    ]
+    name = f"pskd-demo-{os.getpid()}"
+    podman("run", "--detach", f"--name={name}", *where, image, "scripts/demo.sh")
+    try:
+        run_dir = runs / "demo" / "digits-pskd"
+        deadline = time.monotonic() + DEADLINE_S
+        while not metrics(run_dir):
+            assert time.monotonic() < deadline, podman("logs", name).stdout
+            time.sleep(0.1)
+        assert podman("exec", name, "cat", "/proc/1/comm").stdout == "tini\n"
+        assert "running, last heartbeat" in podman("exec", name, "pskd", "health").stdout
+        assert podman("healthcheck", "run", name).returncode == 0
+        dead = podman("exec", name, "pskd", "health", "--stale-s=-1", check=False)
+        assert dead.returncode == 1
+        assert podman("wait", name).stdout == "0\n", podman("logs", name)
+        assert "| digits-pskd " in podman("logs", name).stdout
+        assert status(run_dir)["state"] == "complete"
+        assert (run_dir / "result.json").stat().st_uid == 1000
+    finally:
+        podman("rm", "--force", name)
+
+
+BRIEF = ("--recipe=digits-pskd", "--train.epochs=6", "--schedule.milestones=[3]", "--run.threads=1")
+
+
+class Started:
+    """scripts/docker.sh, started in the directory where its runs shall lie."""
+
+    def __init__(self, image, runs, *arguments, prefix=()):
+        self.log = runs.parent / f"{runs.name}-{time.monotonic_ns()}.log"
+        script = [str(ROOT / "scripts" / "docker.sh"), "--image", image, "--runs", str(runs)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*prefix, *script, *arguments, "--", *BRIEF, "--run.dir=runs/brief"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Another user than that of the tests, who is root.
+                env={**os.environ, "DOCKER": "podman", "DOCKER_OPTIONS": "--user 4321:4321"},
+            )
+
+    def wait(self):
+        return self.process.wait(DEADLINE_S)
+
+    def output(self):
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def on_one_node(image, tmp_path_factory):
+    """weights_sha256 of two processes in one container."""
+    runs = tmp_path_factory.mktemp("one-node")
+    runs.chmod(0o777)
+    job = Started(image, runs, "--processes", "2")
+    assert job.wait() == 0, job.output()
+    return result(runs / "brief")["weights_sha256"]
+
+
+@containers
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_container_that_is_stopped_goes_on_to_the_same_weights(
+    image, runs, on_one_node, signal_number
+):
+    job = Started(image, runs, "--processes", "2")
+    deadline = time.monotonic() + DEADLINE_S
+    while len(metrics(runs / "brief")) < 2:
+        assert job.process.poll() is None, job.output()
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.02)
+    job.process.send_signal(signal_number)
+    assert job.wait() == 75, job.output()
+    assert status(runs / "brief")["state"] == "stopped"
+    again = Started(image, runs, "--processes", "2")
+    assert again.wait() == 0, again.output()
+    assert result(runs / "brief")["weights_sha256"] == on_one_node
+
+
+@containers
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2")
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "node-local"])
+def test_containers_on_two_hosts_train_what_one_does(image, tmp_path, on_one_node, shared):
+    disks = [tmp_path / ("runs" if shared else f"runs-{host}") for host in (0, 1)]
+    for disk in disks:
+        disk.mkdir(exist_ok=True)
+        disk.chmod(0o777)
+    with two_hosts(str(os.getpid())[-4:]) as hosts:
+        where = ("--nodes", "2", "--master", f"{ADDRESSES[0]}:29513", "--processes", "1")
+        jobs = []
+        for host, (name, disk) in enumerate(zip(hosts.names, disks, strict=True)):
+            # Unlike `ip netns exec`, it leaves /sys with its cgroups in place.
+            prefix = ("nsenter", f"--net=/run/netns/{name}")
+            numbered = (*where, "--node-rank", str(host))
+            jobs.append(Started(image, disk, *numbered, prefix=prefix))
+        codes = [job.wait() for job in jobs]
+    assert codes == [0, 0], "\n".join(job.output() for job in jobs)
+    assert result(disks[0] / "brief")["weights_sha256"] == on_one_node
