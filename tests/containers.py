@@ -40,8 +40,9 @@ def site_paths() -> list[Path]:
         subprocess.run([*pip, verb], capture_output=True, text=True, check=True).stdout
         for verb in ("debug", "list")
     )
-    named = re.findall(r"(/\S+), exists: True", files)
-    named += re.findall(r"(?:file://|[\s='])(/[^\s']+)", values)
+    named = re.findall(r"(/\S+), exists: True", files) + re.findall(r"[\s='](/[^\s']+)", values)
+    # The files of an index on a disk may lie beside it.
+    named += [str(Path(index).parent) for index in re.findall(r"file://(/[^\s']+)", values)]
     named.append(ssl.get_default_verify_paths().capath or "/etc/ssl/certs")
     found = {Path(path) for path in named if Path(path).exists()}
     inside = {path for path in found for other in found if other in path.parents}
