@@ -3,11 +3,13 @@
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from zipfile import BadZipFile
 
 from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, PskdError
+from pskd.health import STALE_S, check
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
     )
+    _add_health(commands.add_parser("health", help="whether a run is alive: exit code 0 or 1"))
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     for name, run, text in (
@@ -171,6 +174,24 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.set_defaults(run_command=_doctor)
 
 
+def _add_health(health: argparse.ArgumentParser) -> None:
+    health.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        metavar="RUN",
+        help="the run directory (default: the environment's PSKD_RUN_DIR)",
+    )
+    health.add_argument(
+        "--stale-s",
+        type=float,
+        default=STALE_S,
+        metavar="S",
+        help=f"how old its heartbeat may be, in seconds (default: {STALE_S:g})",
+    )
+    health.set_defaults(run_command=_health)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     import numpy as np  # noqa: PLC0415
 
@@ -246,6 +267,13 @@ def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
     from pskd.doctor.command import run  # noqa: PLC0415
 
     return run(flags, arguments.master, arguments.timeout)
+
+
+def _health(arguments: argparse.Namespace) -> None:
+    run = arguments.run or os.environ.get("PSKD_RUN_DIR")
+    if not run:
+        raise PskdError("pskd health needs RUN, a run directory, or PSKD_RUN_DIR.")
+    print(check(Path(run), arguments.stale_s))
 
 
 def _store_info(arguments: argparse.Namespace) -> None:

@@ -290,6 +290,7 @@ class Trainer:
         full_precision = self.config.evaluation.precision == "fp32"
         for images_BCHW, labels_B in batches:
             accumulator.update(self.engine.predict(images_BCHW, full_precision), labels_B)
+            self._beat(epoch, self.plan.steps)
         shares = self.world.gather(accumulator.records().pack().cpu())
         records = Records.concatenate([Records.unpack(share) for share in shares])
         try:

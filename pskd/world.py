@@ -121,8 +121,9 @@ def choose_device(local_rank: int, local_size: int, gpus: int) -> torch.device:
         if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
             raise PskdError(
                 "this node has an NVIDIA driver, but torch finds no GPU that it can use: the "
-                "driver may be older than torch's CUDA. Update it, or set CUDA_VISIBLE_DEVICES= "
-                "to train on the CPU."
+                "driver may be older than torch's CUDA, or the container has no GPU. Update it, "
+                "start the container with --gpus all, or set CUDA_VISIBLE_DEVICES= to train on the "
+                "CPU."
             )
         return torch.device("cpu")
     if local_size > gpus:

@@ -29,7 +29,7 @@ for tar in "$train" "$val" "$devkit"; do
 done
 if [ -z "${PSKD:-}" ]; then
     scripts/setup.sh
-    PSKD=.venv/bin/pskd
+    PSKD=${PSKD_BIN:-.venv/bin}/pskd
 fi
 
 # Folders in the making are hidden, so that no index sees them, and on the disk where they will stay.

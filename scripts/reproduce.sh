@@ -51,7 +51,7 @@ case $launcher in
     *) refuse "--launcher $launcher: use torchrun, deepspeed or python." ;;
 esac
 
-recipes=$($bin/pskd recipes "$table" --names)
+recipes=$("$bin"/pskd recipes "$table" --names)
 runs=()
 for recipe in $recipes; do
     for seed in $seeds; do
@@ -69,4 +69,4 @@ for recipe in $recipes; do
         fi
     done
 done
-[ -n "$print" ] || $bin/pskd compare --by-recipe "${runs[@]}"
+[ -n "$print" ] || "$bin"/pskd compare --by-recipe "${runs[@]}"

@@ -6,8 +6,18 @@
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer), PSKD_CUDA=cu12 the CUDA generation of
 # DALI (default: what nvidia-smi reports, else cu13; without a GPU, cu13 runs on the CPU).
+# PSKD_BIN=DIR names the bin of an environment that is complete, as in the container: it is used by
+# all scripts instead of .venv/bin, and nothing is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+if [ -n "${PSKD_BIN:-}" ]; then
+    for program in python torchrun pskd ${1:+pytest}; do
+        [ -x "$PSKD_BIN/$program" ] ||
+            { echo "error: PSKD_BIN $PSKD_BIN lacks $program: install pskd there, or unset it" >&2; exit 1; }
+    done
+    exit 0
+fi
 
 python=${PYTHON:-python3}
 cuda=${PSKD_CUDA:-}

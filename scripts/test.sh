@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh dev
-exec .venv/bin/python -m pytest "$@"
+exec "${PSKD_BIN:-.venv/bin}/python" -m pytest "$@"

@@ -17,7 +17,7 @@ out=$(realpath "$(dirname "$2")")/$(basename "$2")
 cd "$(dirname "$0")/.."
 if [ -z "${PSKD:-}" ]; then
     scripts/setup.sh
-    PSKD=.venv/bin/pskd
+    PSKD=${PSKD_BIN:-.venv/bin}/pskd
 fi
 
 making=$(mktemp -d "$out.XXXXXX")
