@@ -5,6 +5,8 @@
 #
 # Ends with 0 when DIR/status.json says complete. Gives up with 1, and the reason, when TRIES starts
 # in a row (default 3) ended without a newer checkpoint, or when the command never began a run.
+# A command that does not end END_S seconds (default 60) after its run, or whose run gives no sign of life
+# for STALE_S (1800; more than run.timeout_s), is ended: no launcher notices a rank that hangs.
 # SIGTERM, SIGINT and SIGUSR1 are passed on to the command, and end the loop: with 75 if the run can be
 # resumed.
 set -uo pipefail
@@ -20,9 +22,9 @@ for ((i = 1; i <= $#; i++)); do
 done
 [ -n "$run" ] || { echo "error: the command needs --run.dir DIR: the run is resumed there" >&2; exit 1; }
 
-look() { # sets starts, state, newest (checkpoint), reason
+look() { # sets starts, state, newest (checkpoint), of (the start that wrote the state), age (s), reason
     mapfile -t seen < <(python3 - "$run" <<'PYTHON'
-import json, pathlib, sys
+import json, pathlib, sys, time
 run = pathlib.Path(sys.argv[1])
 def read(name, default):
     try:
@@ -32,11 +34,28 @@ def read(name, default):
 status = read("status.json", {})
 newest = max((p.name for p in run.glob("checkpoints/[0-9]*-*")), default="")
 reason = " ".join((status.get("reason") or "").split())
-print(len(read("env.json", [])), status.get("state", "unknown"), newest, reason, sep="\n")
+age = int(time.time() - status.get("heartbeat", 0))
+state, of = status.get("state", "unknown"), status.get("start", -1)
+print(len(read("env.json", [])), state, newest, of, age, reason, sep="\n")
 PYTHON
     )
-    starts=${seen[0]} state=${seen[1]} newest=${seen[2]} reason=${seen[3]}
+    starts=${seen[0]} state=${seen[1]} newest=${seen[2]} of=${seen[3]} age=${seen[4]} reason=${seen[5]}
     [ "$state" != running ] || reason="it was killed"
+}
+
+watch() { # $1: a process group that should have ended, or made progress. No launcher sees a stopped rank.
+    while sleep 2; do
+        look
+        { [ "$starts" -gt "$before" ] && [ "$of" -eq $((starts - 1)) ]; } || continue # of an earlier start
+        local patience=${END_S:-60}
+        [ "$state" != running ] || patience=${STALE_S:-1800}
+        if [ "$age" -gt "$patience" ]; then
+            echo "ending the command: the run is $state, and its last sign of life $age s old" >&2
+            kill -TERM -- -"$1"
+            sleep "${END_S:-60}" # launchers give their ranks 30 s
+            kill -KILL -- -"$1"
+        fi
+    done
 }
 
 asked= child=
@@ -53,10 +72,14 @@ while [ -z "$asked" ]; do
     before=$starts
     "$@" &
     child=$!
+    watch "$child" &
+    watching=$!
     wait "$child"
     code=$?
     while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done # a signal ends `wait`
     while kill -0 -- -"$child" 2>/dev/null; do sleep 0.1; done # some launchers end before the rest
+    kill -KILL -- -"$watching" 2>/dev/null
+    wait "$watching" 2>/dev/null
     child=
     look
     [ "$starts" -gt "$before" ] || reason="it ended with $code before it resumed the run"

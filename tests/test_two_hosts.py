@@ -93,7 +93,12 @@ class Launch:
     def __init__(self, hosts, run_dir, flags, private=False, before=()):
         self.hosts, self.run_dir = hosts, run_dir
         self.logs = [run_dir.with_name(f"host-{host}.log") for host in self.on]
-        environment = {**os.environ, "PSKD_BIN": str(Path(sys.executable).parent)}
+        environment = {
+            **os.environ,
+            "PSKD_BIN": str(Path(sys.executable).parent),
+            "END_S": "40",  # of the loop
+            "STALE_S": "25",
+        }
         self.processes = []
         for host, log in zip(self.on, self.logs, strict=True):
             command = [*before, *self.command(host), "--run.dir", str(run_dir), *flags]
@@ -276,13 +281,17 @@ def test_pdsh_starts_both_hosts_from_one(pdsh, flags_of, on_one_host, private, d
 
 
 @needs_pdsh
-@pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
+@pytest.mark.parametrize(
+    ("how", "private"),
+    [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)],
+    ids=["killed-shared", "killed-node-local", "stalled-shared"],
+)
 def test_under_pdsh_a_lost_rank_ends_both_hosts_and_the_loop_finishes(
-    pdsh, flags_of, on_one_host, private
+    pdsh, flags_of, on_one_host, how, private
 ):
     job, found = pdsh(flags_of["arrays"], private, before=LOOP)
     in_mid_run(job, found)
-    trainers(job.run_dir)[1].kill()
+    trainers(job.run_dir)[1].send_signal(how)
     assert job.wait() == [0], job.output()
     assert "starting again" in job.output()
     assert result(found)["weights_sha256"] == on_one_host("arrays")
