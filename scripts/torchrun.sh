@@ -9,6 +9,7 @@
 #   --node-rank R          this node's number, 0 for the master's (static rendezvous)
 #   --rendezvous c10d      instead: nodes find each other at the master, and need no numbers
 #   --id NAME              with c10d: of this job, if the master serves several (default: pskd)
+#   --doctor               do not train: pskd doctor, whether all nodes together can
 #
 # Under c10d, torchrun takes a node for the master if its own host name says so, and tells the others
 # this node's host name; where that resolves to loopback, as in containers, neither works. So both
@@ -20,12 +21,13 @@ set -euo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 refuse() { echo "error: $1" >&2; exit 2; }
 
-nodes=1 node_rank="" master="" processes="" rendezvous=static id=pskd
+nodes=1 node_rank="" master="" processes="" rendezvous=static id=pskd program=""
 [ $# -gt 0 ] || { usage; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
         -h|--help) usage; exit 0 ;;
         --) shift; break ;;
+        --doctor) program="-m pskd.cli doctor"; shift; continue ;;
         --nodes|--node-rank|--master|--processes|--rendezvous|--id)
             [ $# -gt 1 ] || refuse "$1 needs a value." ;;
         *) refuse "unknown option $1; flags of train.py go behind --. See $0 --help." ;;
@@ -75,4 +77,5 @@ PYTHON
         *) refuse "--rendezvous $rendezvous: use static or c10d." ;;
     esac
 fi
-exec "${start[@]}" "$here/train.py" "$@"
+if [ -n "$program" ]; then start+=($program); else start+=("$here/train.py"); fi
+exec "${start[@]}" "$@"

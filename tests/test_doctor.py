@@ -22,7 +22,7 @@ from pskd.doctor.network import Stamp
 from pskd.doctor.page import OK, WARNING, WRONG, Line, Place, render
 from tests.forked import doctor
 from tests.hosts import ADDRESSES, two_hosts
-from tests.launches import DEADLINE_S
+from tests.launches import DEADLINE_S, ROOT
 from tests.photos import make_folder
 from tests.system import mounted, needs_root
 
@@ -458,20 +458,20 @@ def hosts():
 
 
 def on_both(hosts, tmp_path, private=None):
-    """The doctor under torchrun on each of the two hosts."""
+    """The doctor by scripts/torchrun.sh on each of the two hosts."""
     started = []
     for host in (0, 1):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-        where = [f"--node-rank={host}", f"--master-addr={ADDRESSES[0]}", "--master-port=29517"]
+        where = ["--nodes", "2", "--node-rank", str(host), "--master", f"{ADDRESSES[0]}:29517"]
         flags = ["--timeout=8", DIGITS, "--run.dir", str(tmp_path / "run")]
-        command = [*torchrun, *where, "--nproc-per-node=1", "-m", "pskd.cli", "doctor", *flags]
+        script = [str(ROOT / "scripts/torchrun.sh"), "--doctor", "--processes", "1"]
+        command = [*script, *where, "--", *flags]
         with (tmp_path / f"host-{host}.log").open("w") as log:
             started.append(
                 subprocess.Popen(
                     [*hosts.prefix(host, private), *command],
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "PSKD_BIN": str(Path(sys.executable).parent)},
                 )
             )
     return started, lambda: [(tmp_path / f"host-{host}.log").read_text() for host in (0, 1)]
