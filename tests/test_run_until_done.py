@@ -88,6 +88,22 @@ def test_a_changed_flag_on_a_run_that_is_there_does_not_loop(tmp_path):
     assert starts(run_dir) == 1
 
 
+@pytest.mark.slow
+def test_a_run_that_gives_no_sign_of_life_is_ended_and_goes_on(tmp_path):
+    run_dir = tmp_path / "run"
+    patience = {"STALE_S": "9", "END_S": "2"}
+    flags = (*FLAGS, "--train.epochs=20")
+    job = Job(run_dir, *flags, processes=None, prefix=LOOP, env=patience)
+    job.wait_for_epochs(1)
+    (trainer,) = (p for p in processes_of(run_dir) if "python" in p.name())
+    trainer.send_signal(signal.SIGSTOP)
+    assert job.wait() == 0, job.output()
+    assert "ending the command: the run is running, and its last sign of life" in job.output()
+    assert status(run_dir)["state"] == "complete"
+    assert starts(run_dir) == 2
+    wait_for_no_trace(run_dir)
+
+
 KILLS = 50
 
 
