@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,9 +204,15 @@ def _ece(confidence_N: Tensor, wrong_N: Tensor, num_bins: int) -> float:
     """Mean over bins, weighted by count, of |accuracy - mean confidence|, as a fraction."""
     sorted_N, order_N = confidence_N.clamp(0, 1).sort()
     gaps = (sorted_N - (~wrong_N[order_N]).double()).tolist()
-    edge_K = torch.arange(1, num_bins + 1, dtype=torch.float64) / num_bins
-    ends = torch.searchsorted(sorted_N, edge_K, right=True).tolist()
+    ends = bin_ends(sorted_N.numpy(), num_bins)
     return math.fsum(abs(math.fsum(gaps[a:b])) for a, b in pairwise([0, *ends])) / len(gaps)
+
+
+def bin_ends(sorted_N: "NDArray[Any]", num_bins: int) -> list[int]:
+    """How many of some rising confidences lie in the bins up to each one, that one included."""
+    edge_K = np.arange(1, num_bins + 1) / num_bins
+    ends: list[int] = np.searchsorted(sorted_N, edge_K, side="right").tolist()
+    return ends
 
 
 def _as_tensor(values: "Tensor | NDArray[Any]") -> Tensor:
