@@ -45,9 +45,9 @@ def understand(error: BaseException, train: TrainSection) -> Failure:
         case OSError():
             what = f"{error.filename}: {error.strerror}" if error.filename else text
             return Failure(f"{what}. Start again when it is mended.", "this")
-        case RuntimeError() if _is_out_of_memory(error):
+        case RuntimeError() if is_out_of_memory(error):
             return Failure(_out_of_memory(text, train), "this")
-        case RuntimeError() if _is_lost_peer(error):
+        case RuntimeError() if is_lost_peer(error):
             first_line = text.splitlines()[0]
             return Failure(
                 f"lost another rank ({first_line}). Nothing that was saved is lost: start again "
@@ -57,13 +57,15 @@ def understand(error: BaseException, train: TrainSection) -> Failure:
     return Failure("".join(traceback.format_exception(error)).strip(), "this")
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or silent."""
     text = str(error)
     signs = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU or of the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -158,8 +158,7 @@ def summarize(
     """
     logits_NC = _as_tensor(logits_NC)
     labels_N = _as_tensor(labels_N).to(logits_NC.device)
-    _check_form(logits_NC, labels_N)
-    _check_values(logits_NC, labels_N.long())
+    check_values(logits_NC, labels_N)
     return measures(per_sample(logits_NC, labels_N), logits_NC.shape[1], num_bins)
 
 
@@ -239,7 +238,14 @@ def _check_form(logits_NC: Tensor, labels_N: Tensor) -> None:
         raise ValueError(f"labels_N has dtype {labels_N.dtype}: give class indices, an integer")
 
 
-def _check_values(logits_NC: Tensor, labels_N: Tensor) -> None:
+def check_values(logits_NC: Tensor, labels_N: Tensor) -> None:
+    """Refuse what has no measures; this may sync.
+
+    Raises:
+        ValueError: a wrong shape or dtype, a label outside [0, C), a NaN or +inf logit.
+    """
+    _check_form(logits_NC, labels_N)
+    labels_N = labels_N.long()
     num_classes = logits_NC.shape[1]
     bad_labels_N1 = ((labels_N < 0) | (labels_N >= num_classes)).nonzero()
     if len(bad_labels_N1):
