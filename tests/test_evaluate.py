@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from pskd import models, temperature
+from pskd import models, subject, temperature
 from pskd.cli import main
+from pskd.config import DataSection
 from pskd.data import colour
-from pskd.errors import AgreedError
+from pskd.errors import AgreedError, PskdError
 from pskd.evaluate import Request, on_ranks
 from pskd.export import export
 from pskd.metrics import MEASURES, summarize
@@ -89,6 +90,28 @@ def test_an_export_has_the_figures_of_its_run_to_the_bit(pool, run, tmp_path):
     flags = ["--data.name=digits", "--data.held_out=301", "--evaluation.batch_size=150"]
     found = evaluated(pool, 1, away, flags=[*flags, "--run.threads=1"]).raw.measures
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_in_bfloat16_of_averaged_weights_has_its_own_figures_to_the_bit(pool, tmp_path):
+    run = tmp_path / "run"
+    ema = ("--model.ema_decay=0.5", "--evaluation.weights=ema", "--engine.channels_last=true")
+    flags = (*BRIEF, *ema, "--deepspeed_config=bf16", "--data.limit=400", "--run.threads=1")
+    job = train(run, *flags, "--evaluation.ece_bins=15", processes=None)
+    assert job.process.returncode == 0, job.output()
+    expected = {name: result(run)["last"][name] for name in MEASURES}
+    found = evaluated(pool, 2, run)
+    assert (found.raw.measures, found.bins) == (expected, 15)
+    full = evaluated(pool, 1, run, flags=["--evaluation.precision=fp32"]).raw.measures
+    assert full != expected
+    assert full == pytest.approx(expected, rel=0.05)
+
+
+def test_a_network_of_nan_is_refused_on_all_ranks(pool, run, tmp_path):
+    content = torch.load(run / "models" / "checkpoint_2.pth", weights_only=True)
+    content["net"]["linear.bias"][3] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    message = evaluated(pool, 2, tmp_path / "nan.pth", flags=["--data.name=digits"])
+    assert f"{tmp_path / 'nan.pth'} on digits: logits_NC holds 360 NaN or +inf" in message
 
 
 def test_a_temperature_is_fitted_on_what_the_run_held_out(pool, run, tmp_path):
@@ -214,6 +237,17 @@ def test_other_classes_and_folders_without_images_are_refused(pool, run, folder,
     empty.mkdir()
     message = evaluated(pool, 1, folder / "two.pth", model="resnet18", flags=flags_for(empty))
     assert f"{empty} has no class folders" in message
+
+
+def test_classes_in_another_order_are_refused_and_other_names_are_said(caplog):
+    section = DataSection(name="imagefolder")
+    with pytest.raises(PskdError, match="in another order: class 1 is 'cat' to it and 'dog' in"):
+        subject._check_names(["ant", "cat", "dog"], ("ant", "dog", "cat"), "RUN", section)
+    assert not caplog.messages
+    subject._check_names(["ant", "cat"], ("0", "cat"), "RUN", section)
+    assert "matched by number: class 0 is 'ant' to it and '0' in the data" in caplog.text
+    subject._check_names(["ant", "cat"], ("ant", "cat"), "RUN", section)
+    assert len(caplog.messages) == 1
 
 
 def test_images_of_a_folder_are_normalised_as_the_network_was_trained():
