@@ -269,6 +269,7 @@ def test_images_of_a_folder_are_normalised_as_the_network_was_trained():
 # --- the command
 
 
+@pytest.mark.slow
 def test_several_ranks_print_one_json_object(run):
     done = launched(2, str(run), "--json", "--bootstrap", "20")
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ in multiples of the logits (float32).
 """
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
         (line,) = (line for line in lines if line.startswith(f"{name}:"))
         return int(line.split()[1]) * 1024
 
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
     before = of_process("VmRSS")
     work()
@@ -65,7 +67,6 @@ def main() -> None:
         "summarize, of tensors": lambda: summarize(logits_NC, labels_N),
         "summarize, of arrays": lambda: summarize(array_NC, array_N),
     }
-    # First of all: later, what has been freed is used again.
     memory = {name: peak_bytes(work) / logits_NC.nbytes for name, work in works.items()}
     rounds = [
         {name: seconds(work) for name, work in works.items()} for _ in range(arguments.rounds)
