@@ -1,47 +1,61 @@
 """The `pskd` command: what one does beside training."""
 
 import argparse
-import json
-import math
 import os
+import re
 import sys
 from pathlib import Path
-from zipfile import BadZipFile
 
-from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, PskdError
+from pskd import launch
+from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, AgreedError, PskdError
 from pskd.health import STALE_S, check
+
+_RESAMPLES = 1000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command; returns the exit code. Of several ranks, one says why they fail."""
+    if launch.is_launched():
+        launch.die_with_launcher()
+    words, settings = _split_settings(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    arguments, flags = parser.parse_known_args(argv)
-    if arguments.run_command == _doctor:
-        return _doctor(arguments, flags)
-    if flags:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown and arguments.run_command is not _doctor:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if settings and arguments.run_command not in (_doctor, _evaluate):
+        parser.error(f"only doctor and evaluate take settings such as {settings[0]}")
+    arguments.settings = [*unknown, *settings]
     try:
-        arguments.run_command(arguments)
+        code = arguments.run_command(arguments)
     except PskdError as error:
-        sys.stderr.write(f"error: {error}\n")
+        agreed = isinstance(error, AgreedError)
+        if (launch.rank() if agreed else launch.local_rank()) > 0:
+            launch.leave_the_last_word()
+        else:
+            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.flush()
         return EXIT_FAILED
-    return EXIT_COMPLETE
+    return EXIT_COMPLETE if code is None else int(code)
+
+
+def _split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(words of the command, `--section.field=VALUE` of a configuration)."""
+    words, flags, queue = [], [], list(argv)
+    while queue:
+        word = queue.pop(0)
+        if not re.match(r"--[a-z]+\.\w", word):
+            words.append(word)
+        elif "=" in word or not queue or queue[0].startswith("--"):
+            flags.append(word)
+        else:
+            flags.append(f"{word}={queue.pop(0)}")
+    return words, flags
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pskd", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    evaluate = commands.add_parser("evaluate", help="the measures of saved logits")
-    evaluate.add_argument(
-        "--logits",
-        type=Path,
-        required=True,
-        metavar="FILE.npz",
-        help="arrays `logits` (N, C) and `labels` (N,)",
-    )
-    evaluate.add_argument("--bins", type=int, default=10, help="bins of the ECE (default: 10)")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object only")
-    evaluate.set_defaults(run_command=_evaluate)
+    _add_evaluate(commands.add_parser("evaluate", help="the measures of a network, or of logits"))
     compare = commands.add_parser("compare", help="a table of complete runs")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     compare.add_argument(
@@ -85,6 +99,48 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("directory", type=Path, metavar="DIR", help="a run, or its store/")
         action.set_defaults(run_command=run)
     return parser
+
+
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.description = (
+        "On the run's own validation data, or on those that --data.name, --data.root and the like "
+        "say, as for train.py; alone or under torchrun."
+    )
+    evaluate.add_argument(
+        "source", nargs="?", type=Path, metavar="RUN | FILE.pth", help="a run, or an export of ours"
+    )
+    evaluate.add_argument("--model", metavar="NAME", help="the network of foreign --weights")
+    evaluate.add_argument(
+        "--weights",
+        metavar="last | best | FILE.pth",
+        help="of which epoch (default: last); with --model, a state dict",
+    )
+    evaluate.add_argument(
+        "--logits",
+        type=Path,
+        metavar="FILE.npz",
+        help="no network, but arrays `logits` (N, C) and `labels` (N,)",
+    )
+    evaluate.add_argument("--bins", type=int, help="bins of the ECE (default: the run's, or 10)")
+    evaluate.add_argument(
+        "--bootstrap",
+        type=int,
+        metavar="B",
+        help=f"resamples for 95 %% intervals (default: {_RESAMPLES}; 0 with --json)",
+    )
+    evaluate.add_argument(
+        "--fit-on",
+        metavar="held-out | SHARE",
+        help="fit a temperature on the samples that the run held out, or on a share of other data",
+    )
+    evaluate.add_argument(
+        "--fit", type=Path, metavar="FILE.npz", help="or on these logits and labels"
+    )
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FILE.npz", help="write logits (float32) and labels"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object only")
+    evaluate.set_defaults(run_command=_evaluate)
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
@@ -193,28 +249,69 @@ def _add_health(health: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    import numpy as np  # noqa: PLC0415
+    _check_one_source(arguments)
+    from pskd.evaluate import Request, evaluate  # noqa: PLC0415
+    from pskd.report.evaluation import as_json, table  # noqa: PLC0415
+    from pskd.subject import Source  # noqa: PLC0415
 
-    from pskd.metrics import summarize  # noqa: PLC0415
+    source = None
+    if arguments.logits is None:
+        foreign = arguments.model is not None
+        path = Path(arguments.weights) if foreign else arguments.source
+        source = Source(path, arguments.weights or "last", arguments.model)
+    resamples = arguments.bootstrap
+    if resamples is None:  # as JSON the measures alone, unless more is asked for
+        resamples = 0 if arguments.json else _RESAMPLES
+    request = Request(
+        source=source,
+        logits=arguments.logits,
+        flags=arguments.settings,
+        bins=arguments.bins,
+        resamples=resamples,
+        fit_on=arguments.fit_on,
+        fit=arguments.fit,
+        output=arguments.output,
+    )
+    figures = evaluate(request)
+    if figures is not None:
+        print((as_json if arguments.json else table)(figures))
 
-    path = arguments.logits
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            logits_NC, labels_N = arrays["logits"], arrays["labels"]
-        result = summarize(logits_NC, labels_N, arguments.bins)
-    except OSError as error:
-        raise PskdError(f"--logits {path}: {error.strerror or error}.") from error
-    except KeyError as error:
-        raise PskdError(f"--logits {path} lacks an array: {error.args[0]}.") from error
-    except (ValueError, TypeError, BadZipFile) as error:
-        raise PskdError(f"--logits {path}: {error}.") from error
-    if arguments.json:
-        # JSON has no infinity.
-        finite = {k: v if v is None or math.isfinite(v) else None for k, v in result.items()}
-        print(json.dumps(finite))
-        return
-    for name, value in result.items():
-        print(f"{name:11} {'-' if value is None else format(value, '.4f')}")
+
+def _check_one_source(arguments: argparse.Namespace) -> None:
+    """One network or file, and nothing that it leaves without effect."""
+    named = [
+        text
+        for text, value in (
+            ("RUN | FILE.pth", arguments.source),
+            ("--model NAME --weights FILE.pth", arguments.model),
+            ("--logits FILE.npz", arguments.logits),
+        )
+        if value is not None
+    ]
+    if len(named) != 1:
+        what = f"{' and '.join(named)} are" if named else "nothing is"
+        raise PskdError(
+            f"{what} named: pskd evaluate takes one of RUN, FILE.pth, --model NAME --weights "
+            "FILE.pth, or --logits FILE.npz."
+        )
+    if arguments.logits is not None:
+        for flag, value in (("--weights", arguments.weights), ("--output", arguments.output)):
+            if value is not None:
+                raise PskdError(f"{flag} {value} means nothing with --logits: leave it out.")
+        if arguments.settings:
+            raise PskdError(f"{arguments.settings[0]} means nothing with --logits: leave it out.")
+    elif arguments.model is not None:
+        if arguments.weights in (None, "last", "best"):
+            raise PskdError(f"--model {arguments.model} needs its weights: --weights FILE.pth.")
+    elif arguments.weights not in (None, "last", "best"):
+        raise PskdError(
+            f"--weights {arguments.weights}: use last or best, or name the network with --model."
+        )
+    elif arguments.weights is not None and not arguments.source.is_dir():
+        raise PskdError(
+            f"--weights {arguments.weights} chooses an epoch of a run, and {arguments.source} is "
+            "no directory: leave it out."
+        )
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -263,10 +360,10 @@ def _index(arguments: argparse.Namespace) -> None:
         print(report)
 
 
-def _doctor(arguments: argparse.Namespace, flags: list[str]) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     from pskd.doctor.command import run  # noqa: PLC0415
 
-    return run(flags, arguments.master, arguments.timeout)
+    return run(arguments.settings, arguments.master, arguments.timeout)
 
 
 def _health(arguments: argparse.Namespace) -> None:

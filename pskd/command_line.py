@@ -83,6 +83,19 @@ def resolve(argv: list[str]) -> Config:
     for path in config_files:
         layers += [_layer(*part) for part in recipe.read_file(Path(path)).parts]
     layers.append(_Layer("", [flag for flag in flags if flag != "--help"]))
+    return _resolved(layers, flags)
+
+
+def over(source: str, settings: Mapping[str, Any], flags: list[str]) -> Config:
+    """Flags on top of the sections of a saved configuration; values may be out of range.
+
+    Raises:
+        PskdError: unknown key or wrong type; source: what `settings` are called then.
+    """
+    return _resolved([_layer(source, settings), _Layer("", _split(flags)[2])], [])
+
+
+def _resolved(layers: list[_Layer], flags: list[str]) -> Config:
     method, layers = _choose_method(layers)
     if "--help" in flags:
         _parser(method).print_help()

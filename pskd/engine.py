@@ -18,9 +18,8 @@ from pskd import deepspeed_config
 from pskd.average import WeightAverage
 from pskd.config import EngineSection, OptimizerSection
 from pskd.errors import PskdError
+from pskd.inference import Inference, choose_kernels
 from pskd.weights import difference
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
@@ -48,12 +47,9 @@ class Engine:
                 "engine.channels_last with ZeRO-1 or 2: its flat buffers need contiguous weights. "
                 "Use stage 0, or leave channels_last out."
             )
-        self._precision = _DTYPES[deepspeed_config.precision(settings)]
+        self._inference = Inference(deepspeed_config.precision(settings), section.channels_last)
         self.device = next(model.parameters()).device
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = section.tf32
-            torch.backends.cudnn.allow_tf32 = section.tf32
-            torch.backends.cudnn.deterministic = True  # equal weights after a resume
+        choose_kernels(self.device, tf32=section.tf32)
         self._average = WeightAverage(model, ema_decay) if ema_decay else None
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -66,9 +62,8 @@ class Engine:
         # DeepSpeed reduces gradients in a group of its own, which has torch's 30 minutes.
         dist.set_timeout(timeout, self._engine.data_parallel_group)
         self.model: nn.Module = self._engine.module
-        self._layout = torch.contiguous_format
+        self._layout = self._inference.layout
         if section.channels_last:
-            self._layout = torch.channels_last
             self.model.to(memory_format=self._layout)  # before initialize, DeepSpeed cannot send it
             if self._average is not None:
                 self._average.module.to(memory_format=self._layout)
@@ -106,15 +101,9 @@ class Engine:
         self.evaluated.eval()
         return self.infer(self.evaluated, images_BCHW, full_precision)
 
-    @torch.no_grad()
     def infer(self, module: nn.Module, images_BCHW: Tensor, full_precision: bool = False) -> Tensor:
         """Logits (B, C) float32 of a network in evaluation mode, without gradient."""
-        half = self._precision != torch.float32 and not full_precision
-        images_BCHW = images_BCHW.contiguous(memory_format=self._layout)
-        # A bare module bypasses DeepSpeed's autocast.
-        with torch.autocast(images_BCHW.device.type, self._precision, enabled=half):
-            logits_BC: Tensor = module(images_BCHW)
-        return logits_BC.float()
+        return self._inference(module, images_BCHW, full_precision)
 
     def sync_buffers(self) -> None:
         """Give every rank the buffers of rank 0 (BatchNorm statistics), which are canonical.

@@ -40,7 +40,7 @@ def export(
     """
     if kind == "onnx":
         _need(_ONNX_PACKAGES)
-    facts, preprocessing = _facts(run, which), _read_json(run / "preprocessing.json", run)
+    facts, preprocessing = facts_of(run, which), _read_json(run / "preprocessing.json", run)
     model = models.build(facts["model"], facts["num_classes"])
     model.load_state_dict(facts.pop("net"))
     model.eval()
@@ -70,6 +70,17 @@ def import_public(path: Path, model: str, output: Path) -> None:
     Raises:
         PskdError: no weights there, or of another network: says which tensors differ.
     """
+    network = public_network(path, model)
+    classes = len(network.state_dict()[head_of(network)[0]])
+    export_weights(output, network, {"model": model, "num_classes": classes})
+
+
+def public_network(path: Path, model: str) -> nn.Module:
+    """Our network `model` with weights of a file, of as many classes as they have.
+
+    Raises:
+        PskdError: no weights there, or of another network: says which tensors differ.
+    """
     known(model, models.MODELS, "--model")
     weights = weights_for(model, path)
     network = models.build(model, 2)
@@ -80,11 +91,15 @@ def import_public(path: Path, model: str, output: Path) -> None:
     if wrong is not None:
         raise PskdError(f"{path} does not hold a {model}: {wrong}.")
     network.load_state_dict(weights)
-    export_weights(output, network, {"model": model, "num_classes": len(weights[head])})
+    return network
 
 
-def _facts(run: Path, which: str) -> dict[str, Any]:
-    """The content of an export of the trainer, weights under "net"."""
+def facts_of(run: Path, which: str) -> dict[str, Any]:
+    """The content of an export of the trainer, weights under "net".
+
+    Raises:
+        PskdError: the run is not complete, or has lost it.
+    """
     last = _read_json(run / "result.json", run)["last"]
     name = "best" if which == "best" else str(last["epoch"] + 1)
     file = run / "models" / f"checkpoint_{name}.pth"

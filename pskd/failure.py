@@ -45,7 +45,7 @@ def understand(error: BaseException, train: TrainSection) -> Failure:
         case OSError():
             what = f"{error.filename}: {error.strerror}" if error.filename else text
             return Failure(f"{what}. Start again when it is mended.", "this")
-        case RuntimeError() if _is_out_of_memory(error):
+        case RuntimeError() if is_out_of_memory(error):
             return Failure(_out_of_memory(text, train), "this")
         case RuntimeError() if is_lost_peer(error):
             first_line = text.splitlines()[0]
@@ -58,13 +58,14 @@ def understand(error: BaseException, train: TrainSection) -> Failure:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether it came from another rank that is gone or silent."""
+    """Whether a collective failed because another rank is gone or silent."""
     text = str(error)
     signs = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU or of the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -25,19 +25,7 @@ AnyCatalog = Catalog | FolderCatalog
 
 def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
     """The samples, equal on all ranks, and how they are dealt out."""
-    with here.together():
-        if config.data.decoder == "mixed" and here.device.type != "cuda":
-            raise PskdError("data.decoder mixed decodes on a GPU, and there is none: use cpu.")
-    if config.data.name == FOLDER and here.local_rank > 0:
-        time.sleep(_HEAD_START_S)  # the first rank of a node builds an index, and says so
-    # Fetching is for one process at a time: rank 0, then one of each other node, then the rest.
-    turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
-    for now in range(3) if config.data.download else [turn]:
-        with here.together():
-            if turn == now:
-                catalog = _catalog(config.data)
-    with here.together():
-        _check_classes(config.data, catalog)
+    catalog = read(config.data, here)
     plan = Plan(
         n=len(catalog.train),
         global_batch=config.train.batch_size,
@@ -47,14 +35,35 @@ def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
     )
     with here.together():
         plan.check()
+    return catalog, plan
+
+
+def read(section: DataSection, here: World, *, validation_only: bool = False) -> AnyCatalog:
+    """The samples, equal on all ranks.
+
+    validation_only: of a folder, `val/` or one of classes will do; it stands for both splits.
+    """
+    with here.together():
+        if section.decoder == "mixed" and here.device.type != "cuda":
+            raise PskdError("data.decoder mixed decodes on a GPU, and there is none: use cpu.")
+    if section.name == FOLDER and here.local_rank > 0:
+        time.sleep(_HEAD_START_S)  # the first rank of a node builds an index, and says so
+    # Fetching is for one process at a time: rank 0, then one of each other node, then the rest.
+    turn = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
+    for now in range(3) if section.download else [turn]:
+        with here.together():
+            if turn == now:
+                catalog = _catalog(section, validation_only)
+    with here.together():
+        _check_classes(section, catalog)
     fingerprints = here.gather(catalog.fingerprint)
     odd = [rank for rank, f in enumerate(fingerprints) if f != fingerprints[0]]
     if odd:
         raise AgreedError(
-            f"data.name {config.data.name}: ranks {odd} read other samples than rank 0. "
+            f"data.name {section.name}: ranks {odd} read other samples than rank 0. "
             "Give every node the same data."
         )
-    return catalog, plan
+    return catalog
 
 
 def _check_classes(section: DataSection, catalog: AnyCatalog) -> None:
@@ -106,11 +115,15 @@ def loader(config: Config, here: World, catalog: AnyCatalog, *, peers: bool) -> 
     return DaliData(catalog, here.device, seed, options, peer)
 
 
-def _catalog(section: DataSection) -> AnyCatalog:
+def _catalog(section: DataSection, validation_only: bool) -> AnyCatalog:
     if section.name == FOLDER:
         if section.root is None:
             raise PskdError(
                 f"data.name {FOLDER} needs --data.root DIR, which holds train/ and val/."
+            )
+        if validation_only and not section.held_out:
+            return imagefolder.load_validation(
+                Path(section.root), val_index_path=section.val_index_path
             )
         return imagefolder.load(
             Path(section.root),

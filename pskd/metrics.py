@@ -10,6 +10,7 @@ Letters: N samples (B of one batch), C classes, G groups of equal confidence, K 
 
 Decisions:
 - Records are float64 whatever the dtype of the logits; the conversion is exact, so ranks are too.
+- Logits become records in blocks of rows: no float64 copy of them all is ever held.
 - Equal logits rank by class index, the lower first.
 - ECE bins are (lo, hi] with the edges k/num_bins; confidence is clamped to [0, 1], 0 in the first.
 - AURC over equal confidences is the mean over all their orders.
@@ -21,10 +22,11 @@ Decisions:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,19 +36,24 @@ if TYPE_CHECKING:
 
 MEASURES = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc")
 
+_BLOCK_VALUES = 1 << 20  # 8 MB in float64; much smaller blocks are slower, as threads must wait
+
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """All the measures need to know of N samples: 24 bytes each, whatever C is.
+    """All that measures and pictures need to know of N samples: 40 bytes each, whatever C is.
 
     confidence_N: float64, the top-1 softmax probability.
     nll_N: float64, nats.
     rank_N: int64, classes before the true one by logit; 0 is top-1 correct, < 5 top-5 correct.
+    label_N, prediction_N: int64, the true class and that of the largest logit.
     """
 
     confidence_N: Tensor
     nll_N: Tensor
     rank_N: Tensor
+    label_N: Tensor
+    prediction_N: Tensor
 
     def __len__(self) -> int:
         return len(self.rank_N)
@@ -55,25 +62,36 @@ class Records:
     def concatenate(parts: "Sequence[Records]") -> "Records":
         """Join parts that live on one device; no parts at all give no samples, on the CPU."""
         if not parts:
-            return Records.unpack(torch.empty(0, 3, dtype=torch.float64))
-        return Records(
-            confidence_N=torch.cat([part.confidence_N for part in parts]),
-            nll_N=torch.cat([part.nll_N for part in parts]),
-            rank_N=torch.cat([part.rank_N for part in parts]),
-        )
+            return Records.unpack(torch.empty(0, len(fields(Records)), dtype=torch.float64))
+        columns = zip(*(part._columns() for part in parts), strict=True)
+        return Records(*(torch.cat(column) for column in columns))
 
     def to(self, device: torch.device | str) -> "Records":
         """The same records on `device`."""
-        return Records(self.confidence_N.to(device), self.nll_N.to(device), self.rank_N.to(device))
+        return Records(*(column_N.to(device) for column_N in self._columns()))
 
     def pack(self) -> Tensor:
-        """One (N, 3) float64 tensor, so that records travel in one collective; loses no bit."""
-        return torch.stack([self.confidence_N, self.nll_N, self.rank_N.double()], dim=1)
+        """One (N, 5) float64 tensor, so that records travel in one collective; loses no bit."""
+        return torch.stack([column_N.double() for column_N in self._columns()], dim=1)
 
     @staticmethod
     def unpack(packed: Tensor) -> "Records":
-        """The inverse of `pack`: (N, 3) float64 to Records with an int64 rank."""
-        return Records(packed[:, 0], packed[:, 1], packed[:, 2].long())
+        """The inverse of `pack`: (N, 5) float64 to Records with integers of int64."""
+        confidence_N, nll_N, rank_N, label_N, prediction_N = packed.unbind(dim=1)
+        return Records(confidence_N, nll_N, rank_N.long(), label_N.long(), prediction_N.long())
+
+    def arrays(self) -> "dict[str, NDArray[Any]]":
+        """What `evaluation.npz` holds: integers as int32, the rest as float64, each (N,)."""
+        return {
+            "label": self.label_N.to("cpu", torch.int32).numpy(),
+            "prediction": self.prediction_N.to("cpu", torch.int32).numpy(),
+            "confidence": self.confidence_N.cpu().numpy(),
+            "nll": self.nll_N.cpu().numpy(),
+            "rank": self.rank_N.to("cpu", torch.int32).numpy(),
+        }
+
+    def _columns(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 def per_sample(logits_NC: Tensor, labels_N: Tensor) -> Records:
@@ -84,15 +102,26 @@ def per_sample(logits_NC: Tensor, labels_N: Tensor) -> Records:
     `measures` refuses what NaN and +inf become, and labels outside [0, C) are the caller's error.
     """
     _check_form(logits_NC, labels_N)
-    logits_NC = logits_NC.detach().double()
-    label_N1 = labels_N.long()[:, None]
-    true_N1 = logits_NC.gather(1, label_N1)
-    class_C = torch.arange(logits_NC.shape[1], device=logits_NC.device)
-    before_NC = (logits_NC > true_N1) | ((logits_NC == true_N1) & (class_C < label_N1))
+    rows = max(1, _BLOCK_VALUES // logits_NC.shape[1])
+    blocks = zip(torch.split(logits_NC.detach(), rows), torch.split(labels_N, rows), strict=True)
+    return Records.concatenate([_records(*block) for block in blocks])
+
+
+def _records(logits_BC: Tensor, labels_B: Tensor) -> Records:
+    """`per_sample` of one block. Ranks come from the logits as they are, the rest from float64."""
+    label_B1 = labels_B.long()[:, None]
+    true_B1 = logits_BC.gather(1, label_B1)
+    class_C = torch.arange(logits_BC.shape[1], device=logits_BC.device)
+    before_BC = (logits_BC > true_B1) | ((logits_BC == true_B1) & (class_C < label_B1))
+    prediction_B = logits_BC.argmax(dim=1)  # of equal ones the first
+    top_B = logits_BC.gather(1, prediction_B[:, None])[:, 0].double()
+    confidence_B = logits_BC.double().softmax(dim=1).gather(1, prediction_B[:, None])[:, 0]
     return Records(
-        confidence_N=logits_NC.softmax(dim=1).amax(dim=1),
-        nll_N=-logits_NC.log_softmax(dim=1).gather(1, label_N1)[:, 0],
-        rank_N=before_NC.sum(dim=1),
+        confidence_N=confidence_B,
+        nll_N=(top_B - true_B1[:, 0].double()) - confidence_B.log(),
+        rank_N=before_BC.sum(dim=1, dtype=torch.int32).long(),  # summed as int64: 30 times slower
+        label_N=label_B1[:, 0],
+        prediction_N=prediction_B,
     )
 
 
@@ -129,13 +158,12 @@ def summarize(
     """
     logits_NC = _as_tensor(logits_NC)
     labels_N = _as_tensor(labels_N).to(logits_NC.device)
-    _check_form(logits_NC, labels_N)
-    _check_values(logits_NC, labels_N.long())
+    check_values(logits_NC, labels_N)
     return measures(per_sample(logits_NC, labels_N), logits_NC.shape[1], num_bins)
 
 
 class Accumulator:
-    """The streaming form: batches in, records out; keeps 24 bytes per sample on their device."""
+    """The streaming form: batches in, records out; keeps 40 bytes per sample on their device."""
 
     def __init__(self) -> None:
         self._parts: list[Records] = []
@@ -175,14 +203,23 @@ def _ece(confidence_N: Tensor, wrong_N: Tensor, num_bins: int) -> float:
     """Mean over bins, weighted by count, of |accuracy - mean confidence|, as a fraction."""
     sorted_N, order_N = confidence_N.clamp(0, 1).sort()
     gaps = (sorted_N - (~wrong_N[order_N]).double()).tolist()
-    edge_K = torch.arange(1, num_bins + 1, dtype=torch.float64) / num_bins
-    ends = torch.searchsorted(sorted_N, edge_K, right=True).tolist()
+    ends = bin_ends(sorted_N.numpy(), num_bins)
     return math.fsum(abs(math.fsum(gaps[a:b])) for a, b in pairwise([0, *ends])) / len(gaps)
 
 
+def bin_ends(sorted_N: "NDArray[Any]", num_bins: int) -> list[int]:
+    """How many of some rising confidences lie in the bins up to each one, that one included."""
+    edge_K = np.arange(1, num_bins + 1) / num_bins
+    ends: list[int] = np.searchsorted(sorted_N, edge_K, side="right").tolist()
+    return ends
+
+
 def _as_tensor(values: "Tensor | NDArray[Any]") -> Tensor:
-    """Arrays are copied: torch shares no read-only or reversed ones."""
-    return values if isinstance(values, Tensor) else torch.from_numpy(values.copy())
+    """Arrays that torch cannot share are copied: read-only and reversed ones."""
+    if isinstance(values, Tensor):
+        return values
+    shareable = values.flags.writeable and all(stride >= 0 for stride in values.strides)
+    return torch.from_numpy(values if shareable else values.copy())
 
 
 def _check_form(logits_NC: Tensor, labels_N: Tensor) -> None:
@@ -201,7 +238,14 @@ def _check_form(logits_NC: Tensor, labels_N: Tensor) -> None:
         raise ValueError(f"labels_N has dtype {labels_N.dtype}: give class indices, an integer")
 
 
-def _check_values(logits_NC: Tensor, labels_N: Tensor) -> None:
+def check_values(logits_NC: Tensor, labels_N: Tensor) -> None:
+    """Refuse what has no measures; this may sync.
+
+    Raises:
+        ValueError: a wrong shape or dtype, a label outside [0, C), a NaN or +inf logit.
+    """
+    _check_form(logits_NC, labels_N)
+    labels_N = labels_N.long()
     num_classes = logits_NC.shape[1]
     bad_labels_N1 = ((labels_N < 0) | (labels_N >= num_classes)).nonzero()
     if len(bad_labels_N1):
@@ -210,8 +254,8 @@ def _check_values(logits_NC: Tensor, labels_N: Tensor) -> None:
             f"labels_N holds {int(labels_N[n])} at sample {n}, not in [0, {num_classes}): "
             "give class indices that match the columns of the logits"
         )
-    bad_logits = (logits_NC.isnan() | logits_NC.isposinf()).nonzero()
-    if len(bad_logits):
+    if len(logits_NC) and not bool(logits_NC.amax() < math.inf):  # NaN is not either
+        bad_logits = (logits_NC.isnan() | logits_NC.isposinf()).nonzero()
         n, c = bad_logits[0].tolist()
         raise ValueError(
             f"logits_NC holds {len(bad_logits)} NaN or +inf, the first {float(logits_NC[n, c])} "

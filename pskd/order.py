@@ -25,6 +25,12 @@ MIN_MICRO_BATCH = 2  # BatchNorm has no variance over one sample
 Ids = npt.NDArray[np.int64]
 
 
+def validation_ranges(n: int, rank: int, world: int, batch_size: int) -> list[range]:
+    """Batches of a rank's contiguous share of `n` samples; the shares in order are 0..n-1."""
+    low, high = rank * n // world, (rank + 1) * n // world
+    return [range(start, min(start + batch_size, high)) for start in range(low, high, batch_size)]
+
+
 def epoch_order(seed: int, epoch: int, n: int) -> Ids:
     """The order of epoch `epoch` (0-based): int64 (n,), argsort of a hash, ties by id."""
     keys_N = hash64(seed, "order", epoch, np.arange(n, dtype=np.int64), columns=1)[:, 0]

@@ -6,6 +6,7 @@ env.json         one entry for each start
 metrics.jsonl    one line an epoch
 preprocessing.json  how an image becomes the network's input, and the names of the classes
 result.json      measures of last and best, hash of the weights
+evaluation.npz   of each validation sample: label, prediction, confidence, nll, rank
 checkpoints/     resumable states
 models/          weights for plain torch
 store/           past predictions
@@ -13,6 +14,7 @@ lock             held by rank 0 of the running job
 """
 
 import fcntl
+import io
 import json
 import logging
 import os
@@ -22,11 +24,13 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from pskd.config import Config
@@ -117,6 +121,12 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file, atomically."""
         write_atomically(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def write_arrays(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace an .npz file, atomically; `numpy.load` reads it."""
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **arrays)
+        write_atomically(self.path / name, content.getbuffer())
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file, or None if there is none."""

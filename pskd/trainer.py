@@ -79,6 +79,7 @@ class Trainer:
         self._pending: _Step | None = None
         self._stopping = self._due = False
         self._loss = float("nan")
+        self._records: Records | None = None  # of the last evaluation, of all ranks
         self.saver = Saver(
             self.config,
             self.world,
@@ -292,9 +293,10 @@ class Trainer:
             accumulator.update(self.engine.predict(images_BCHW, full_precision), labels_B)
             self._beat(epoch, self.plan.steps)
         shares = self.world.gather(accumulator.records().pack().cpu())
-        records = Records.concatenate([Records.unpack(share) for share in shares])
+        # Shares are contiguous, so in the order of ranks they are in the order of samples.
+        self._records = Records.concatenate([Records.unpack(share) for share in shares])
         try:
-            return measures(records, self.num_classes, self.config.evaluation.ece_bins)
+            return measures(self._records, self.num_classes, self.config.evaluation.ece_bins)
         except ValueError as error:  # the same on every rank
             raise AgreedError(f"evaluation after {self._label(epoch)}: {error}") from error
 
@@ -323,9 +325,14 @@ class Trainer:
             )
 
     def _complete(self) -> None:
-        """The end: result.json, and the status that launch scripts wait for."""
+        """The end: evaluation.npz, result.json, and the status that launch scripts wait for."""
+        written = (self.run_dir.path / "evaluation.npz").is_file()
+        if self._records is None and not self.world.broadcast(written):
+            self._evaluate(self.config.train.epochs - 1)  # killed after it, or of an older version
         with self.world.together():
             if self.world.rank == 0:
+                if self._records is not None:
+                    self.run_dir.write_arrays("evaluation.npz", self._records.arrays())
                 result = {
                     "last": self.history.lines[-1],
                     "best": self.history.best,

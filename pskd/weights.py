@@ -118,9 +118,15 @@ def _some(what: str, names: list[str]) -> str:
 
 
 def head_of(model: nn.Module) -> list[str]:
-    """Names of the tensors that turn features into logits: of the last linear layer."""
-    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    return [name for name in model.state_dict() if name.startswith(f"{last}.")]
+    """Names of the tensors that turn features into logits: of the last linear layer.
+
+    Raises:
+        PskdError: it has none.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise PskdError(f"a {type(model).__name__} has no linear layer to tell its classes by.")
+    return [name for name in model.state_dict() if name.startswith(f"{linear[-1]}.")]
 
 
 def initialise(model: nn.Module, name: str, path: str, new_head: bool) -> None:

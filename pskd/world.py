@@ -46,6 +46,12 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on rank 0; nothing on the others."""
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values if self.rank == 0 else None, dst=0, group=self.control)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pskd import command_line, deepspeed_config, job
@@ -18,7 +19,7 @@ from pskd.errors import AgreedDamage, AgreedError, DamagedError, PskdError
 from pskd.guard import Guard
 from pskd.history import History
 from pskd.methods import registry
-from pskd.metrics import MEASURES, summarize
+from pskd.metrics import MEASURES, per_sample, summarize
 from pskd.order import Plan, epoch_order
 from pskd.run_dir import RunDir
 from pskd.sites import Sites
@@ -261,6 +262,40 @@ def evaluate(world: World, path: str) -> tuple[dict[str, float | None], dict[str
 def test_evaluation_counts_each_sample_once_and_uses_the_buffers_of_rank_0(pool, tmp_path, world):
     for sharded, whole in pool(world).run(evaluate, str(tmp_path)):
         assert sharded == pytest.approx(whole, rel=1e-5)
+
+
+def evaluation_file(world: World, path: str) -> list[list[int]]:
+    """Labels and ranks in evaluation.npz of 101 samples; what they should be; then, of a complete
+    run that has lost the file and begins again.
+    """
+    model, found = network_with_statistics(running_mean=float(world.rank)), []
+    for evaluated in (True, False):
+        trainer = trainer_of(world, model, batch=20, path=path)
+        trainer.history.lines.append({"epoch": 2})
+        if evaluated:
+            trainer._evaluate(2)
+        trainer._complete()
+        dist.barrier(group=world.control)
+        with np.load(Path(path) / "evaluation.npz") as arrays:
+            found.append(arrays["label"].tolist())
+            found.append(arrays["rank"].tolist())
+        dist.barrier(group=world.control)
+        (Path(path) / "evaluation.npz").unlink(missing_ok=True)
+    ((images_BCHW, labels_B),) = trainer.data.validation_batches(0, 1, 1000)
+    with torch.no_grad():
+        records = per_sample(network_with_statistics(0.0).eval()(images_BCHW), labels_B)
+    return [*found, records.label_N.tolist(), records.rank_N.tolist()]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_evaluation_file_is_in_the_order_of_samples_on_any_number_of_ranks(
+    pool, tmp_path, world
+):
+    for first, ranks, again, ranks_again, labels, expected in pool(world).run(
+        evaluation_file, str(tmp_path)
+    ):
+        assert first == again == labels
+        assert ranks == ranks_again == expected
 
 
 def evaluated_epochs(world: World, every: int, path: str) -> list[bool]:

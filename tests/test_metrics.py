@@ -9,7 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
 
+from pskd import metrics
 from pskd.metrics import Accumulator, Records, measures, per_sample, summarize
 
 # Wall-clock limits would make these tests depend on what else the machine does.
@@ -18,15 +21,19 @@ KEYS = ["top1_error", "top5_error", "nll", "ece", "aurc", "eaurc"]
 
 
 def make(confidence, rank, nll=None):
+    """Of class 0 throughout; what is wrong was taken for class 1."""
+    rank = torch.tensor(rank, dtype=torch.int64)
     return Records(
         torch.tensor(confidence, dtype=torch.float64),
         torch.tensor([0.5] * len(rank) if nll is None else nll, dtype=torch.float64),
-        torch.tensor(rank, dtype=torch.int64),
+        rank,
+        torch.zeros_like(rank),
+        rank.clamp(max=1),
     )
 
 
 def take(records, index):
-    return Records(records.confidence_N[index], records.nll_N[index], records.rank_N[index])
+    return Records.unpack(records.pack()[index])
 
 
 def bits(result):
@@ -108,11 +115,88 @@ def test_per_sample_equals_the_naive_reference(data, num_classes, n):
         assert records.confidence_N[i].item() == pytest.approx(confidence, rel=1e-14)
         assert records.nll_N[i].item() == pytest.approx(nll, rel=1e-13, abs=1e-14)
         assert records.rank_N[i].item() == rank
+        assert records.label_N[i].item() == label
+        best = max(range(num_classes), key=lambda c: (row_logits[c], -c))
+        assert records.prediction_N[i].item() == best
 
 
 def test_equal_logits_rank_by_class_index():
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0]]).repeat(4, 1)
-    assert per_sample(logits, torch.arange(4)).rank_N.tolist() == [3, 0, 1, 2]
+    records = per_sample(logits, torch.arange(4))
+    assert records.rank_N.tolist() == [3, 0, 1, 2]
+    assert records.prediction_N.tolist() == [1, 1, 1, 1]
+
+
+def test_a_sample_is_right_exactly_if_its_rank_is_0(many):
+    records = per_sample(*many)
+    assert torch.equal(records.prediction_N == records.label_N, records.rank_N == 0)
+
+
+def test_blocks_of_rows_change_no_bit(many, monkeypatch):
+    whole = per_sample(*many).pack()
+    for values in (1, 10, 999, 123_456):
+        monkeypatch.setattr(metrics, "_BLOCK_VALUES", values)
+        rows = slice(0, 50_000 if values > 10_000 else 500)
+        assert torch.equal(per_sample(many[0][rows], many[1][rows]).pack(), whole[rows])
+
+
+def test_the_arrays_of_the_records_have_fixed_types(many):
+    records = per_sample(many[0][:9], many[1][:9])
+    arrays = records.arrays()
+    types = {name: array.dtype.name for name, array in arrays.items()}
+    whole, real = "int32", "float64"
+    assert types == {
+        "label": whole, "prediction": whole, "confidence": real, "nll": real, "rank": whole
+    }  # fmt: skip
+    assert arrays["label"].tolist() == many[1][:9].tolist()
+    assert arrays["nll"].tolist() == records.nll_N.tolist()
+
+
+def test_measures_equal_those_of_scikit_learn(many):
+    """Top-k and NLL by its own code; the ECE of two classes from its calibration curve."""
+    logits, labels = many[0][:5000].double(), many[1][:5000].numpy()
+    scores, classes = logits.softmax(dim=1).numpy(), np.arange(10)
+    # No ties: it breaks them otherwise.
+    scores += np.random.default_rng(0).uniform(0, 1e-9, scores.shape)
+    scores /= scores.sum(axis=1, keepdims=True)
+    found = summarize(np.log(scores), labels)
+    for k, name in ((1, "top1_error"), (5, "top5_error")):
+        right = top_k_accuracy_score(labels, scores, k=k, labels=classes)
+        assert found[name] == pytest.approx(100 * (1 - right), abs=1e-9)
+    assert found["nll"] == pytest.approx(log_loss(labels, scores, labels=classes), rel=1e-9)
+    right = scores.argmax(axis=1) == labels
+    for bins in (10, 15):
+        confidence = scores.max(axis=1)
+        edges = np.linspace(0, 1, bins + 1)
+        place = np.digitize(confidence, edges[1:-1], right=True)
+        mean_right, mean_confidence = calibration_curve(right, confidence, n_bins=bins)
+        share = np.bincount(place)[np.bincount(place) > 0] / len(right)
+        expected = 100 * (share * np.abs(mean_right - mean_confidence)).sum()
+        assert summarize(np.log(scores), labels, bins)["ece"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_confusion_and_error_of_each_class_follow_from_the_records(many):
+    logits, labels = many[0][:2000].numpy(), many[1][:2000].numpy()
+    arrays = per_sample(*map(torch.from_numpy, (logits, labels))).arrays()
+    expected = confusion_matrix(labels, logits.argmax(axis=1), labels=np.arange(10))
+    found = np.zeros((10, 10), int)
+    np.add.at(found, (arrays["label"], arrays["prediction"]), 1)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("right", "error"), [(True, 0.0), (False, 100.0)])
+@pytest.mark.parametrize("n", [1, 40])
+def test_two_classes_all_right_or_all_wrong(right, error, n):
+    logits = torch.tensor([[2.0, -1.0]]).repeat(n, 1)
+    labels = torch.full((n,), 0 if right else 1)
+    found = summarize(logits, labels)
+    confidence = 1 / (1 + math.exp(-3.0))
+    assert (found["top1_error"], found["top5_error"]) == (error, None)
+    ece = 100 * (1 - confidence if right else confidence)
+    assert found["ece"] == pytest.approx(ece, rel=1e-13)
+    assert found["aurc"] == pytest.approx(10 * error, rel=1e-13)
+    assert found["eaurc"] == pytest.approx(0.0, abs=1e-9)
+    assert found["nll"] == pytest.approx(-math.log(confidence if right else 1 - confidence))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -122,7 +206,7 @@ def test_every_float_dtype_is_computed_in_float64(dtype):
     labels = torch.randint(11, (50,), generator=generator)
     rows = [reference_row(z, y) for z, y in zip(logits.tolist(), labels.tolist(), strict=True)]
     records = per_sample(logits, labels)
-    np.testing.assert_allclose(records.pack().numpy(), rows, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(records.pack()[:, :3].numpy(), rows, rtol=1e-13, atol=1e-13)
     mean_nll = sum(nll for _, nll, _ in rows) / len(rows)
     assert summarize(logits, labels)["nll"] == pytest.approx(mean_nll, rel=1e-13)
 
@@ -138,7 +222,7 @@ def test_evaluation_path_reads_no_tensor_value():
     for size in (4, 3):
         labels = torch.zeros(size, dtype=torch.int64, device="meta")
         accumulator.update(torch.empty(size, 10, dtype=torch.bfloat16, device="meta"), labels)
-    assert accumulator.records().pack().shape == (7, 3)
+    assert accumulator.records().pack().shape == (7, 5)
 
 
 # --- the measures, by hand
@@ -380,27 +464,30 @@ def test_any_sharding_gives_the_same_bits(sizes, random):
 def test_pack_loses_nothing(drawn):
     records = from_samples([*drawn, (1.0, 2**24 + 1, math.inf)])
     packed = records.pack()
-    assert (packed.shape, packed.dtype) == ((len(records), 3), torch.float64)
+    assert (packed.shape, packed.dtype) == ((len(records), 5), torch.float64)
     back = Records.unpack(packed)
     assert torch.equal(back.confidence_N, records.confidence_N)
     assert torch.equal(back.nll_N, records.nll_N)
     assert torch.equal(back.rank_N, records.rank_N)
-    assert back.rank_N.dtype == torch.int64
+    assert back.rank_N.dtype == back.label_N.dtype == back.prediction_N.dtype == torch.int64
+    assert torch.equal(back.label_N, records.label_N)
+    assert torch.equal(back.prediction_N, records.prediction_N)
 
 
 def test_concatenate_keeps_the_order_of_the_parts():
     joined = Records.concatenate([make([0.1], [1], [3.0]), make([0.2, 0.3], [2, 0], [4.0, 5.0])])
-    assert joined.pack().tolist() == [[0.1, 3.0, 1.0], [0.2, 4.0, 2.0], [0.3, 5.0, 0.0]]
+    assert joined.pack()[:, :3].tolist() == [[0.1, 3.0, 1.0], [0.2, 4.0, 2.0], [0.3, 5.0, 0.0]]
+    assert joined.pack()[:, 3:].tolist() == [[0, 1], [0, 1], [0, 0]]
 
 
 def test_to_moves_every_field():
     moved = make([0.1], [1]).to("meta")
-    assert {t.device.type for t in (moved.confidence_N, moved.nll_N, moved.rank_N)} == {"meta"}
+    assert {column.device.type for column in vars(moved).values()} == {"meta"}
 
 
 def test_a_rank_without_samples_has_empty_records():
     empty = Accumulator().records()
-    assert (len(empty), empty.pack().shape) == (0, (0, 3))
+    assert (len(empty), empty.pack().shape) == (0, (0, 5))
     one = make([0.8], [0])
     assert Records.concatenate([empty, one]).pack().equal(one.pack())
 

@@ -3,7 +3,7 @@
 Letters: N samples of the split, B of the batch, C = 3 channels (grey is repeated), H, W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pskd.data.batch import Batch
 from pskd.data.catalog import Catalog, Split
 from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
-from pskd.order import Ids, MicroBatch, Walk
+from pskd.order import Ids, MicroBatch, Walk, validation_ranges
 
 
 class ArrayData:
@@ -92,11 +92,13 @@ class ArrayData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of the rank's contiguous share; every sample is in one share."""
         n = len(self._validation_labels_N)
-        low, high = rank * n // world, (rank + 1) * n // world
-        for start in range(low, high, batch_size):
-            stop = min(start + batch_size, high)
-            images_BCHW = self._normalise(self._validation_NCHW[start:stop])
-            yield images_BCHW, self._validation_labels_N[start:stop]
+        return self.validation_of(validation_ranges(n, rank, world, batch_size))
+
+    def validation_of(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of some batches of validation samples, named by their numbers."""
+        for numbers in ranges:
+            part = slice(numbers.start, numbers.stop)
+            yield self._normalise(self._validation_NCHW[part]), self._validation_labels_N[part]
 
     def _normalise(self, images_BCHW: Tensor) -> Tensor:
         scaled_BCHW = (images_BCHW.float() - self._mean_C11) / self._std_C11

@@ -9,7 +9,7 @@ Letters: B samples of a batch, R rows of it (its samples, then their peers), H, 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pskd.data.imagefolder import EncodedSplit, FolderCatalog
 from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
 from pskd.errors import CommonError, PskdError
-from pskd.order import Ids, MicroBatch, Walk
+from pskd.order import Ids, MicroBatch, Walk, validation_ranges
 
 log = logging.getLogger("pskd")
 
@@ -130,14 +130,19 @@ class DaliData:
             PskdError: an image cannot be decoded; names its path and id.
         """
         n = len(self._validation)
-        low, high = rank * n // world, (rank + 1) * n // world
-        batches = [
-            np.arange(start, min(start + batch_size, high))
-            for start in range(low, high, batch_size)
-        ]
+        return self.validation_of(validation_ranges(n, rank, world, batch_size))
+
+    def validation_of(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of some batches of validation samples, named by their numbers.
+
+        Raises:
+            PskdError: an image cannot be decoded; names its path and id.
+        """
+        batches = [np.arange(numbers.start, numbers.stop) for numbers in ranges]
         if not batches:
             return
-        pipeline = self._graph(map(self._validation_rows, batches), batch_size, whole=True)
+        largest = max(map(len, batches))
+        pipeline = self._graph(map(self._validation_rows, batches), largest, whole=True)
         for ids_B in batches:
             try:
                 images, labels, _ = self._outputs(pipeline)

@@ -124,6 +124,22 @@ def load(
     return FolderCatalog(train.index.class_names, train, validation)
 
 
+def load_validation(root: Path, *, val_index_path: str | None) -> FolderCatalog:
+    """Open the index of `val/`, or of a folder of classes, or build it; it stands for both splits.
+
+    Raises:
+        PskdError: no such folder, no classes in it, or bad files.
+    """
+    val_root = root / "val" if (root / "val").is_dir() else root
+    if val_root == root and (root / "train").is_dir():
+        raise PskdError(
+            f"data.root {root} has no val/ beside train/: add it, or name a folder of "
+            "<class>/*; training samples are evaluated by naming its train/."
+        )
+    validation = _split(val_root, val_index_path)
+    return FolderCatalog(validation.index.class_names, validation, validation)
+
+
 def _split(root: Path, index_path: str | None) -> EncodedSplit:
     with _one_at_a_time(root), bar(f"index {root.name}") as progress:
         place = None if index_path is None else Path(index_path)

@@ -3,7 +3,7 @@
 Letters: B samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -39,6 +39,10 @@ class Data(Protocol):
         self, rank: int, world: int, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of the rank's contiguous share; every sample is in one share."""
+        ...
+
+    def validation_of(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of some batches of validation samples, named by their numbers."""
         ...
 
     def close(self) -> None:

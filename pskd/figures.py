@@ -1,0 +1,188 @@
+"""The measures of some predictions, with intervals, and beside them those at a fitted temperature.
+
+Letters: N samples, C classes.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pskd import bootstrap, temperature
+from pskd.data.catalog import smallest_hashes
+from pskd.errors import PskdError
+from pskd.metrics import Accumulator, Records, check_values, measures, per_sample
+
+_BLOCK_ROWS = 4096
+
+
+class Predictions(NamedTuple):
+    """logits_NC: floating. labels_N: integers. source: what messages call them."""
+
+    logits_NC: Tensor
+    labels_N: Tensor
+    source: str
+
+    def take(self, rows_N: npt.NDArray[Any]) -> "Predictions":
+        """Some samples, in the order given."""
+        rows = torch.from_numpy(rows_N)
+        return Predictions(self.logits_NC[rows], self.labels_N[rows], self.source)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Measures, in their units, and their 95 % intervals, if asked for."""
+
+    measures: dict[str, float | None]
+    intervals: dict[str, bootstrap.Interval | None] | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """fitted_on: what the temperature was fitted on, if it was; then `scaled` is at that one."""
+
+    samples: int
+    classes: int
+    bins: int
+    resamples: int
+    raw: Part
+    temperature: float | None
+    fitted_on: str | None
+    scaled: Part | None
+
+
+def read(path: Path, flag: str) -> Predictions:
+    """`logits` (N, C) and `labels` (N,) of an .npz file of any framework, values checked.
+
+    flag: which named it.
+
+    Raises:
+        PskdError: no such file, or not of that content.
+    """
+    source = f"{flag} {path}"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            logits_NC, labels_N = arrays["logits"], arrays["labels"]
+        predictions = Predictions(torch.from_numpy(logits_NC), torch.from_numpy(labels_N), source)
+    except OSError as error:
+        raise PskdError(f"{source}: {error.strerror or error}.") from error
+    except (KeyError, IndexError) as error:
+        raise PskdError(
+            f"{source} lacks an array: {error.args[0]}. Write `logits` (N, C) and `labels` (N,), "
+            "as by numpy.savez."
+        ) from error
+    except (ValueError, TypeError, BadZipFile, EOFError) as error:
+        raise PskdError(f"{source}: {error}.") from error
+    _check(predictions)
+    return predictions
+
+
+def split(predictions: Predictions, share: float) -> tuple[Predictions, Predictions]:
+    """(to fit on, to measure): a share of the samples, those of smallest hash, and the others.
+
+    Raises:
+        PskdError: one of them would be empty.
+    """
+    n = len(predictions.labels_N)
+    count = round(share * n)
+    if not 0 < count < n:
+        raise PskdError(
+            f"--fit-on {share} of {n} samples leaves none to {'measure' if count else 'fit on'}."
+        )
+    chosen = smallest_hashes("temperature", n, count)
+    fit = predictions.take(chosen)._replace(source=f"{share} of {predictions.source}")
+    return fit, predictions.take(np.setdiff1d(np.arange(n), chosen))
+
+
+def figures(
+    predictions: Predictions, fit: Predictions | None, *, bins: int, resamples: int
+) -> Figures:
+    """fit: other samples, which the temperature is fitted on. resamples: 0 for no intervals.
+
+    Raises:
+        PskdError: values that have no measure, or samples to fit on that are not others.
+    """
+    _check(predictions)
+    classes = predictions.logits_NC.shape[1]
+    found, scaled = None, None
+    raw = _part(predictions, 1.0, bins, resamples)
+    if fit is not None:
+        _check(fit)
+        _check_others(predictions, fit)
+        found = temperature.fit(fit.logits_NC, fit.labels_N, fit.source)
+        scaled = _part(predictions, found, bins, resamples)
+    return Figures(
+        samples=len(predictions.labels_N),
+        classes=classes,
+        bins=bins,
+        resamples=resamples,
+        raw=raw,
+        temperature=found,
+        fitted_on=None if fit is None else f"{len(fit.labels_N)} samples of {fit.source}",
+        scaled=scaled,
+    )
+
+
+def _part(predictions: Predictions, t: float, bins: int, resamples: int) -> Part:
+    classes = predictions.logits_NC.shape[1]
+    records = _records(predictions, t)
+    try:
+        found = measures(records, classes, bins)
+    except ValueError as error:
+        raise PskdError(f"{predictions.source}: {error}.") from error
+    if not resamples:
+        return Part(found, None)
+    return Part(found, bootstrap.intervals(records, classes, bins, resamples))
+
+
+def _records(predictions: Predictions, t: float) -> Records:
+    """Of logits / t, divided in float64, a block at a time."""
+    if t == 1.0:
+        return per_sample(predictions.logits_NC, predictions.labels_N)
+    accumulator = Accumulator()
+    for logits_BC, labels_B in zip(
+        torch.split(predictions.logits_NC, _BLOCK_ROWS),
+        torch.split(predictions.labels_N, _BLOCK_ROWS),
+        strict=True,
+    ):
+        accumulator.update(logits_BC.double() / t, labels_B)
+    return accumulator.records()
+
+
+def _check(predictions: Predictions) -> None:
+    try:
+        check_values(predictions.logits_NC, predictions.labels_N)
+    except ValueError as error:
+        raise PskdError(f"{predictions.source}: {error}.") from error
+
+
+def _check_others(predictions: Predictions, fit: Predictions) -> None:
+    """Refuse to fit on what is measured: by the logits, as files and splits have many names."""
+    if fit.logits_NC.shape[1] != predictions.logits_NC.shape[1]:
+        raise PskdError(
+            f"{fit.source} has {fit.logits_NC.shape[1]} classes, {predictions.source} has "
+            f"{predictions.logits_NC.shape[1]}: fit on predictions of the same network."
+        )
+    measured, fitted = _rows(predictions), _rows(fit)
+    common = len(measured & fitted)
+    if 2 * common >= min(len(measured), len(fitted)):  # a few may be twins
+        raise PskdError(
+            f"{fit.source}: {common} of its samples are among those that are measured, "
+            f"{predictions.source}. A temperature is fitted on other samples: name held-out ones."
+        )
+
+
+def _rows(predictions: Predictions) -> set[bytes]:
+    """A hash of each sample's logits and label."""
+    logits_NC = predictions.logits_NC.float().contiguous().numpy()
+    labels = predictions.labels_N.tolist()
+    return {
+        hashlib.blake2b(row.data, digest_size=16, salt=label.to_bytes(8, "little")).digest()
+        for row, label in zip(logits_NC, labels, strict=True)
+    }

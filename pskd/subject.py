@@ -1,0 +1,318 @@
+"""What `pskd evaluate` looks at: a network, from a run, an export or foreign weights, and its data.
+
+Letters: B samples.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from pskd import command_line, deepspeed_config, models
+from pskd.config import Config, DataSection
+from pskd.data import colour
+from pskd.data.catalog import FOLDER, Catalog
+from pskd.errors import PskdError
+from pskd.export import facts_of, public_network
+from pskd.fields import known, require
+from pskd.inference import Inference
+from pskd.loading import AnyCatalog
+from pskd.models.probe import check_takes
+from pskd.weights import difference, head_of, weights_for
+
+log = logging.getLogger("pskd")
+
+_READ = ("evaluation.batch_size", "evaluation.precision", "run.threads", "run.timeout_s")
+_FOR_TRAINING_DATA = ("limit", "held_out", "index_path", "val_index_path")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the network comes from; paths are not looked at yet.
+
+    path: a run, or a file of weights. which: last or best, of a run. model: of foreign weights.
+    """
+
+    path: Path
+    which: str
+    model: str | None
+
+    @property
+    def run(self) -> Path | None:
+        """The run itself, or the one in which an export lies; foreign weights have none."""
+        if self.model is not None:
+            return None
+        above = self.path if self.path.is_dir() else self.path.absolute().parent.parent
+        return above if (above / "config.yaml").is_file() else None
+
+    def __str__(self) -> str:
+        """For messages."""
+        return f"{self.path} ({self.which})" if self.path.is_dir() else str(self.path)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """config: of which the data and what `_READ` names count. own: the data are the run's own.
+
+    held_out: the run's own data, with the samples that it held out; None if it held out none.
+    sized: whether the flags name the size of images.
+    """
+
+    config: Config
+    own: bool
+    held_out: DataSection | None
+    sized: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """network: in evaluation mode. preprocessing: as `data/preprocessing.py` says, if known."""
+
+    network: nn.Module
+    num_classes: int
+    preprocessing: dict[str, Any] | None
+    inference: Inference
+
+
+def settings(source: Source, flags: list[str]) -> Settings:
+    """The run's configuration with flags on top; without a run, the flags alone.
+
+    Raises:
+        PskdError: a flag that is not read here, a bad value, or no data named.
+    """
+    given = _given(flags)
+    for key in given:
+        section, _, _ = key.partition(".")
+        if section != "data" and key not in _READ:
+            raise PskdError(
+                f"--{key}: `pskd evaluate` does not read it, only data.* and {', '.join(_READ)}."
+            )
+    _check_exists(source)
+    run = source.run
+    if run is None and "data.name" not in given:
+        raise PskdError(
+            f"{source}: the data to evaluate it on are not known. Name them as for train.py: "
+            f"--data.name NAME [--data.root DIR]; {FOLDER} is a folder of images."
+        )
+    saved = {} if run is None else _saved(run)
+    own_data = dict(saved.get("data", {}))
+    own = run is not None and all(
+        given.get(f"data.{key}", own_data.get(key)) == own_data.get(key) for key in ("name", "root")
+    )
+    held_out = None
+    if own_data.get("held_out"):
+        held_out = command_line.over(f"{run}/config.yaml", saved, []).data
+    if not own:
+        same_kind = given.get("data.name", own_data.get("name")) == own_data.get("name")
+        kept = {k: v for k, v in own_data.items() if k not in _FOR_TRAINING_DATA}
+        saved = {**saved, "data": kept if same_kind else {}}
+    config = command_line.over(f"{run}/config.yaml", saved, flags)
+    for name in ("run", "data", "evaluation"):
+        getattr(config, name).check()
+    sized = bool({"data.image_size", "data.pad_to"} & set(given))
+    return Settings(config, own, held_out, sized)
+
+
+def subject(source: Source, given: Settings) -> Subject:
+    """Read the network.
+
+    Raises:
+        PskdError: an unfinished run, or no weights that fit; says what is there.
+    """
+    if source.model is not None:
+        network = public_network(source.path, source.model).eval()
+        classes = len(network.state_dict()[head_of(network)[0]])
+        return Subject(network, classes, None, Inference())
+    if source.path.is_dir():
+        return _of_run(source, given.config)
+    return _of_export(source, given.config)
+
+
+def place_of(source: Source) -> tuple[int, int]:
+    """(ranks, threads a rank) that the run was evaluated by; (1, 0: automatic) without a run."""
+    run = source.run
+    if run is None or not (run / "env.json").is_file():
+        return 1, 0
+    facts = _json(run / "env.json")[-1]["facts"]
+    return int(facts["world"]), int(facts["threads"])
+
+
+def fitting(subject: Subject, catalog: AnyCatalog, given: Settings, name: str) -> AnyCatalog:
+    """The data, normalised as the network was trained, if they are what it can judge.
+
+    Raises:
+        PskdError: other classes or sizes of images.
+    """
+    section, about = given.config.data, subject.preprocessing
+    if catalog.num_classes != subject.num_classes:
+        raise PskdError(
+            f"{name} tells {subject.num_classes} classes apart, but data.name {section.name} has "
+            f"{catalog.num_classes}. Name the data that it was trained for."
+        )
+    size, key = (section.image_size, section.image_size), "data.image_size"
+    if isinstance(catalog, Catalog):
+        height, width = catalog.validation.images_NHWC.shape[1:3]
+        size, key = (height, width), "data.pad_to"
+    if about is not None:
+        _check_names(about["class_names"], catalog.class_names, name, section)
+        own_size = (about["height"], about["width"])
+        if size != own_size and not given.sized:
+            raise PskdError(
+                f"{name} was trained on images of {own_size[0]}x{own_size[1]} pixels, these have "
+                f"{size[0]}x{size[1]}. Choose a size with --{key}."
+            )
+        if isinstance(catalog, Catalog):
+            catalog = replace(
+                catalog, mean=_of(about["mean"], catalog.mean), std=_of(about["std"], catalog.std)
+            )
+    check_takes(subject.network, name, [size], key)
+    subject.network.eval()
+    return catalog
+
+
+def renormalised(subject: Subject, catalog: AnyCatalog, images_BCHW: Tensor) -> Tensor:
+    """Images of a folder come with ImageNet's mean and deviation; the network may want others."""
+    about = subject.preprocessing
+    if about is None or isinstance(catalog, Catalog):
+        return images_BCHW
+    if tuple(about["mean"]) == tuple(colour.MEAN) and tuple(about["std"]) == tuple(colour.STD):
+        return images_BCHW
+    mean, std, wanted, scale = (
+        torch.tensor(list(values), device=images_BCHW.device)[:, None, None]
+        for values in (colour.MEAN, colour.STD, about["mean"], about["std"])
+    )
+    return (images_BCHW * std + (mean - wanted)) / scale
+
+
+def _given(flags: list[str]) -> dict[str, str]:
+    pairs = (flag.partition("=") for flag in flags)
+    return {key.removeprefix("--"): value for key, _, value in pairs}
+
+
+def _check_exists(source: Source) -> None:
+    path = source.path
+    if not path.exists():
+        raise PskdError(f"{path}: no such run or file of weights.")
+    if path.is_dir() and not (path / "config.yaml").is_file():
+        raise PskdError(
+            f"{path} is no run directory (it has no config.yaml). Name a run, a file of `pskd "
+            "export`, or --model NAME --weights FILE.pth."
+        )
+
+
+def _saved(run: Path) -> dict[str, Any]:
+    try:
+        saved = dict(yaml.safe_load((run / "config.yaml").read_text()))
+        require(isinstance(saved.get("data"), dict), "data", saved.get("data"), "is no section.")
+    except (OSError, TypeError, ValueError, yaml.YAMLError, PskdError) as error:
+        raise PskdError(f"{run / 'config.yaml'} cannot be read: {error}.") from error
+    return saved
+
+
+def _of_run(source: Source, config: Config) -> Subject:
+    run = source.path
+    best = run / "models" / "checkpoint_best.pth"
+    if source.which == "last" and not (run / "result.json").is_file():
+        held = f"{best.name} of epoch {_read(best)['epoch'] + 1}" if best.is_file() else "no export"
+        status = _json(run / "status.json") if (run / "status.json").is_file() else {}
+        state = (
+            f"{status['state']} in epoch {status['epoch'] + 1} of {status['epochs']}, "
+            if (status)
+            else ""
+        )
+        remedy = " or evaluate --weights best" if best.is_file() else ""
+        raise PskdError(
+            f"{run} is not complete ({state}it has {held}), so there is no last epoch. Finish it "
+            f"with `train.py --run.dir {run}`{remedy}."
+        )
+    facts = facts_of(run, "last") if source.which == "last" else _read(best)
+    network = models.build(facts["model"], facts["num_classes"])
+    network.load_state_dict(facts["net"])
+    about = _json(run / "preprocessing.json")
+    return Subject(network.eval(), facts["num_classes"], about, _inference_of(run, config))
+
+
+def _inference_of(run: Path | None, config: Config) -> Inference:
+    """As the run computed; in float32 without a run."""
+    if run is None:
+        return Inference()
+    settings = _json(run / "ds_config.json")
+    return Inference(deepspeed_config.precision(settings), config.engine.channels_last)
+
+
+def _of_export(source: Source, config: Config) -> Subject:
+    path, beside = source.path, source.path.with_name(source.path.name + ".json")
+    about = None
+    if beside.is_file():
+        facts = _json(beside)
+        if facts.get("format") != "state-dict":
+            raise PskdError(
+                f"{path} is of format {facts.get('format')}: evaluate one of `pskd export --format "
+                "state-dict`, or the run."
+            )
+        about = facts["preprocessing"]
+    else:
+        facts = _read(path)
+        if source.run is not None and (source.run / "preprocessing.json").is_file():
+            about = _json(source.run / "preprocessing.json")
+    if "model" not in facts or "num_classes" not in facts:
+        raise PskdError(
+            f"{path} does not say which network it holds, and there is no {beside.name} beside it: "
+            f"--model NAME --weights {path} says it."
+        )
+    known(facts["model"], models.MODELS, f"{path}: model")
+    network = models.build(facts["model"], facts["num_classes"])
+    weights = weights_for(facts["model"], path)
+    wrong = difference(network.state_dict(), weights)
+    if wrong is not None:
+        raise PskdError(f"{path} does not hold a {facts['model']}: {wrong}.")
+    network.load_state_dict(weights)
+    inference = _inference_of(source.run, config)
+    return Subject(network.eval(), facts["num_classes"], about, inference)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of an export of the trainer."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise PskdError(f"{path}: no such file.") from error
+    except Exception as error:  # of a foreign file, torch's unpickler raises anything
+        raise PskdError(f"{path} holds no weights that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise PskdError(f"{path} holds no weights: a dict of tensors is expected.")
+    return content
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PskdError(f"{path} cannot be read: {error}.") from error
+
+
+def _check_names(
+    trained: list[str], found: tuple[str, ...], name: str, section: DataSection
+) -> None:
+    """Logits are matched with labels by number."""
+    odd = [k for k, (a, b) in enumerate(zip(trained, found, strict=True)) if a != b]
+    if not odd:
+        return
+    first = f"class {odd[0]} is {trained[odd[0]]!r} to it and {found[odd[0]]!r} in the data"
+    if set(trained) == set(found):
+        raise PskdError(
+            f"{name} was trained on the classes of data.name {section.name} in another order: "
+            f"{first}. Give the data the same order of classes."
+        )
+    log.warning("%s: other names of classes, which are matched by number: %s", name, first)
+
+
+def _of(trained: list[float], own: tuple[float, ...]) -> tuple[float, ...]:
+    """Of three channels; a grey data set's own figure where they say the same."""
+    same = list(own) * (3 if len(own) == 1 else 1) == list(trained)
+    return own if same else tuple(trained)
