@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from pskd.data.catalog import DATASETS, FOLDER
+from pskd.data.sections import DataSection, ErasingSection, MixingSection
 from pskd.effect import ignored
-from pskd.fields import TAGS, content, known, numerics, output, require, speed
+from pskd.fields import TAGS, content, default_of, known, numerics, output, require, speed
 from pskd.methods.sections import MethodSection
 from pskd.models import MODELS
 from pskd.store.registry import check_encoding
@@ -49,150 +49,6 @@ class RunSection:
             self.lock_wait_s,
             f"use 0 or more, below run.timeout_s {self.timeout_s}: the other ranks wait as well.",
         )
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """What is trained on, and its augmentation."""
-
-    name: str = numerics("digits", f"the data set; {FOLDER}: a folder of encoded images")
-    root: str | None = output(None, "the folder that holds it (default: data)")
-    download: bool = output(False, "fetch it if it is not there")
-    limit: int = numerics(0, "train so many samples, the first (of a folder: of smallest hash)")
-    held_out: int = numerics(0, "validate on so many training samples instead of the test split")
-    pad_to: int = numerics(0, "black borders up to so many pixels; 0: none")
-    crop_padding: int = numerics(0, "random crop out of the image padded by so many pixels")
-    flip: bool = numerics(False, "random horizontal flip")
-    last_batch: Literal["train", "drop"] = numerics("train", "what becomes of the short last batch")
-
-    index_path: str | None = output(
-        None, "folder: index of the training images (default: beside them, else in the cache)"
-    )
-    val_index_path: str | None = output(None, "folder: the same of the validation images")
-    augment: Literal["standard", "pskd-imagenet"] = numerics(
-        "standard", "folder: random resized crop; or with the public code's colours as well"
-    )
-    image_size: int = numerics(224, "folder: pixels of a side of what the network sees")
-    resize_schedule: list[list[int]] = numerics(
-        [], "folder: [[first epoch, pixels], ...] of training images, instead of image_size"
-    )
-    crop_scale: list[float] = numerics([0.08, 1.0], "folder: share of the area that is cut out")
-    crop_ratio: list[float] = numerics([3 / 4, 4 / 3], "folder: its width by its height")
-    validation_resize: int = numerics(
-        256, "folder: pixels of the shorter side before the centre is cut out"
-    )
-    interpolation: Literal["linear", "cubic", "lanczos"] = numerics(
-        "linear", "folder: how images are resized, anti-aliased"
-    )
-    on_bad_image: Literal["stop", "substitute"] = output(  # a run that had none is not changed
-        "stop",
-        "folder: an image that cannot be decoded stops the run, or is a grey one of weight 0",
-    )
-    decoder: Literal["auto", "cpu", "mixed"] = numerics(
-        "auto", "folder: where images are decoded; auto: on the GPU (mixed) if there is one"
-    )
-    hw_decoder_load: float = numerics(
-        0.65, "folder: share of images for the GPU's decoding engine, if it has one"
-    )
-    threads: int = speed(0, "folder: decoding threads a rank; 0: its share of the cores")
-    prefetch: int = speed(2, "folder: batches decoded ahead")
-
-    def check(self) -> None:
-        """The data set exists, and no key is set that it does not read."""
-        known(self.name, [*DATASETS, FOLDER], "data.name")
-        for name in ("limit", "held_out", "pad_to", "crop_padding", "threads"):
-            value = getattr(self, name)
-            require(value >= 0, f"data.{name}", value, "use 0 or more.")
-        require(self.root != "", "data.root", "''", "name a folder, or leave the flag out.")
-        self._refuse_unread()
-        for name in ("image_size", "validation_resize", "prefetch"):
-            value = getattr(self, name)
-            require(value >= 1, f"data.{name}", value, "use 1 or more.")
-        require(
-            self.validation_resize >= self.image_size,
-            "data.validation_resize",
-            self.validation_resize,
-            f"use at least data.image_size {self.image_size}: the centre is cut out.",
-        )
-        _check_interval("data.crop_scale", self.crop_scale, 1.0)
-        _check_interval("data.crop_ratio", self.crop_ratio, math.inf)
-        epochs = [entry[0] for entry in self.resize_schedule if len(entry) == 2]
-        require(
-            len(epochs) == len(self.resize_schedule)
-            and epochs == sorted(set(epochs))
-            and all(e >= 0 and size >= 1 for e, size in self.resize_schedule),
-            "data.resize_schedule",
-            self.resize_schedule,
-            "give [[epoch, pixels], ...] with rising epochs from 0 on.",
-        )
-        require(
-            0 <= self.hw_decoder_load <= 1,
-            "data.hw_decoder_load",
-            self.hw_decoder_load,
-            "use a share from 0 to 1.",
-        )
-
-    def _refuse_unread(self) -> None:
-        """A key that this data set does not read would promise what is not done."""
-        of_arrays = {"download", "pad_to", "crop_padding"}
-        everywhere = {"name", "root", "limit", "held_out", "flip", "last_batch"}
-        for field in dataclasses.fields(self):
-            of_folder = field.name not in of_arrays
-            if field.name in everywhere or of_folder == (self.name == FOLDER):
-                continue
-            default = default_of(field)
-            whose = f"data.name {FOLDER}" if of_folder else "data sets held in memory"
-            require(
-                getattr(self, field.name) == default,
-                f"data.{field.name}",
-                getattr(self, field.name),
-                f"only {whose} read it. Leave it out, or choose another data.name.",
-            )
-
-
-@dataclass(frozen=True)
-class MixingSection:
-    """Images mixed with each other, for any method and data set."""
-
-    name: Literal["none", "mixup", "cutmix"] = numerics("none", "how, if at all")
-    alpha: float = numerics(1.0, "of the Beta(alpha, alpha) that the shares come from")
-    probability: float = numerics(1.0, "of an image to be mixed")
-
-    def check(self) -> None:
-        """Ranges."""
-        require(self.alpha > 0, "mixing.alpha", self.alpha, "use a positive value.")
-        _check_probability("mixing", self.probability)
-
-
-@dataclass(frozen=True)
-class ErasingSection:
-    """Parts of images made grey, for any method and data set."""
-
-    name: Literal["none", "cutout", "random-erasing"] = numerics("none", "how, if at all")
-    size: int = numerics(16, "cutout: pixels of a side of the square")
-    probability: float = numerics(1.0, "of an image to lose something")
-    scale: list[float] = numerics([0.02, 1 / 3], "random-erasing: share of the area")
-    ratio: list[float] = numerics([0.3, 3.3], "random-erasing: height by width of the box")
-
-    def check(self) -> None:
-        """Ranges."""
-        require(self.size >= 1, "erasing.size", self.size, "use 1 pixel or more.")
-        _check_probability("erasing", self.probability)
-        _check_interval("erasing.scale", self.scale, 1.0)
-        _check_interval("erasing.ratio", self.ratio, math.inf)
-
-
-def _check_probability(section: str, value: float) -> None:
-    require(0 <= value <= 1, f"{section}.probability", value, "use a value in [0, 1].")
-
-
-def _check_interval(key: str, value: list[float], top: float) -> None:
-    require(
-        len(value) == 2 and 0 < value[0] <= value[1] <= top and math.isfinite(value[1]),
-        key,
-        value,
-        "give [smallest, largest], above 0" + (" and at most 1." if top == 1 else ", finite."),
-    )
 
 
 @dataclass(frozen=True)
@@ -383,6 +239,22 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True)
+class TrackingSection:
+    """Where else the lines of metrics.jsonl go, as the run goes on."""
+
+    csv: bool = output(False, "to metrics.csv in the run directory")
+    tensorboard: bool = output(False, "to TensorBoard's files, in tensorboard/ there")
+    wandb: Literal["off", "offline", "online"] = output(
+        "off", "to Weights & Biases; offline: into wandb/ there, for `wandb sync`"
+    )
+    wandb_project: str = output("pskd", "Weights & Biases: the project's name")
+
+    def check(self) -> None:
+        """A project has a name."""
+        require(self.wandb_project != "", "tracking.wandb_project", "''", "give it a name.")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines a run."""
 
@@ -399,6 +271,7 @@ class Config:
     store: StoreSection
     evaluation: EvaluationSection
     checkpoint: CheckpointSection
+    tracking: TrackingSection
 
     def check(self) -> None:
         """All sections, then what depends on two of them."""
@@ -462,11 +335,6 @@ class Config:
             for f in dataclasses.fields(kind)
             if f.metadata["tag"] == tag
         }
-
-
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The default of a field of a section."""
-    return field.default_factory() if callable(field.default_factory) else field.default
 
 
 def section_types(method: type[MethodSection]) -> Iterator[tuple[str, Any]]:

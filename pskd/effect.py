@@ -43,6 +43,8 @@ def ignored(values: Mapping[str, Any]) -> Iterator[Ignored]:
             "method.name method.teacher",
             "the method keeps no past predictions",
         )
+    if values["tracking.wandb"] == "off":
+        yield from _all("tracking.wandb_project", "tracking.wandb", "nothing goes there")
     if not values["optimizer.weight_decay"]:
         reason = "there is no weight decay"
         yield from _all("optimizer.decay_norm_and_bias", "optimizer.weight_decay", reason)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from pskd import launch, world
-from pskd.config import Config, DataSection
+from pskd.config import Config
+from pskd.data.sections import DataSection
 from pskd.errors import PskdError
 from pskd.failure import is_lost_peer, is_out_of_memory
 from pskd.figures import Figures, Predictions, figures, read, split

@@ -7,7 +7,7 @@ and `output` do not change the result and are allowed.
 
 import difflib
 from collections.abc import Callable, Collection
-from dataclasses import field
+from dataclasses import Field, field
 from typing import Any
 
 from pskd.errors import PskdError
@@ -48,3 +48,8 @@ def known(name: str, choices: Collection[str], key: str) -> None:
             close = difflib.get_close_matches(name, choices, n=_MOST_SHOWN, cutoff=0.2)
             shown = [*(close or shown[:_MOST_SHOWN]), "..."]
         raise PskdError(f"{key} '{name}' is unknown{hint} Known: {', '.join(shown)}.")
+
+
+def default_of(of: Field[Any]) -> Any:
+    """The default of a field of a section."""
+    return of.default_factory() if callable(of.default_factory) else of.default

@@ -1,6 +1,7 @@
 """A job from its configuration to its exit code: put the parts together, report how it ended."""
 
 import logging
+import platform
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pskd import deepspeed_config, disk, launch, models, run_dir, world
+from pskd import deepspeed_config, disk, launch, models, run_dir, tracking, world
 from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.engine import Engine
@@ -63,6 +64,9 @@ class _Job:
         log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
         threads = world.set_threads(config.run.threads, here)
         compare_configurations(config, here)
+        with here.together():
+            if here.rank == 0:
+                tracking.check(config.tracking)
         catalog, plan = samples(config, here)
         model = network(config, catalog, here)
         settings = deepspeed_settings(config, here)
@@ -74,6 +78,8 @@ class _Job:
             config, settings, here, sites, catalog, plan, model, directory, start, origin
         )
         code = trainer.run(position)
+        for tracker in trainer.trackers:
+            tracker.close()
         trainer.data.close()
         if trainer.store is not None:
             trainer.store.close()
@@ -93,7 +99,9 @@ class _Job:
                 log.error("status.json cannot be written: %s", trouble.strerror)
         speaks = {"rank 0": self.rank == 0, "this": not told, "first": first}[failure.speaker]
         if speaks:
-            log.error("error: %s", failure.reason)
+            alone = failure.speaker == "this" and launch.is_launched()
+            where = f"rank {self.rank} on {platform.node()}: " if alone else ""
+            log.error("error: %s%s", where, failure.reason)
         else:
             launch.leave_the_last_word()
 
@@ -195,6 +203,8 @@ def _prepare(
         with here.together():
             if sites.leads:
                 log.info("%s", disk.check(directory.path, need))
+    with here.together():
+        followers = tracking.trackers(config, directory.path, start.run) if here.rank == 0 else []
     log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
@@ -211,6 +221,7 @@ def _prepare(
         checkpoints=checkpoints,
         history=parts.history,
         status=Status(directory, config.train.epochs, start.number) if sites.leads else None,
+        trackers=followers,
     )
     return trainer, position
 

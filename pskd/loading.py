@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pskd.config import Config, DataSection
+from pskd.config import Config
 from pskd.data import colour, imagefolder
 from pskd.data.arrays import ArrayData
 from pskd.data.catalog import FOLDER, Catalog, load
@@ -13,6 +13,7 @@ from pskd.data.imagefolder import FolderCatalog
 from pskd.data.interface import Data
 from pskd.data.mix import Erasing, Mixer, Mixing
 from pskd.data.preprocessing import described
+from pskd.data.sections import DataSection
 from pskd.data.views import SameClass
 from pskd.errors import AgreedError, PskdError
 from pskd.order import Plan

@@ -67,7 +67,7 @@ def readable(line: dict[str, Any]) -> str:
     """A line of metrics.jsonl for people."""
     alpha = f"alpha {line['alpha']:.2f}, " if "alpha" in line else ""
     text = f"loss {line['train_loss']:.4f}, {alpha}"
-    rate = f"{line['images_per_s']:.0f} images/s"
+    rate = f"{line['images_per_s']:.0f} images/s{_waits(line)}"
     if line["top1_error"] is None:  # this epoch was not evaluated
         return text + rate
     top5 = f"top-5 error {line['top5_error']:.2f} %, " if line["top5_error"] is not None else ""
@@ -75,3 +75,14 @@ def readable(line: dict[str, Any]) -> str:
         f"{text}top-1 error {line['top1_error']:.2f} %, {top5}NLL {line['nll']:.4f}, "
         f"ECE {line['ece']:.2f} %, AURC {line['aurc']:.2f}, {rate}"
     )
+
+
+def _waits(line: dict[str, Any]) -> str:
+    """What share of the training time the rank that waited longest waited for what."""
+    shares = (
+        f"{what} {line[key] / line['train_s']:.1%}"
+        for what, key in (("data", "data_wait_s"), ("the store", "store_wait_s"))
+        if line.get("train_s") and key in line
+    )
+    text = ", ".join(shares)
+    return f" (waited for {text})" if text else ""

@@ -14,9 +14,10 @@ import yaml
 from torch import Tensor, nn
 
 from pskd import command_line, deepspeed_config, models
-from pskd.config import Config, DataSection
+from pskd.config import Config
 from pskd.data import colour
 from pskd.data.catalog import FOLDER, Catalog
+from pskd.data.sections import DataSection
 from pskd.errors import PskdError
 from pskd.export import facts_of, public_network
 from pskd.fields import known, require

@@ -5,6 +5,7 @@ Letters: B samples of a step on this rank, C classes.
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ from pskd.saver import Saver
 from pskd.schedule import lr_at
 from pskd.sites import Sites
 from pskd.store.store import Store
+from pskd.tracking import Tracker
 from pskd.weights import export_weights, weights_sha256
 from pskd.world import World
 
@@ -72,12 +74,14 @@ class Trainer:
     checkpoints: Checkpoints
     history: History
     status: Status | None  # on the first rank that sees a directory
+    trackers: Sequence[Tracker] = ()  # on rank 0
 
     def __post_init__(self) -> None:
         self._guard = Guard(self.world)
         self._stop = StopRequest()
         self._pending: _Step | None = None
         self._stopping = self._due = False
+        self._data_wait_s = 0.0  # in this epoch
         self._loss = float("nan")
         self._records: Records | None = None  # of the last evaluation, of all ranks
         self.saver = Saver(
@@ -105,7 +109,8 @@ class Trainer:
                 if not self._train_epoch(epoch, first_step, constants):
                     return EXIT_STOPPED
                 seconds = time.monotonic() - started
-                self._finish_epoch(epoch, constants, self._trained_images(first_step) / seconds)
+                images = self._trained_images(first_step)
+                self._finish_epoch(epoch, constants, images, seconds)
                 first_step = 0
                 if self._asked_to_stop() and epoch + 1 < self.config.train.epochs:
                     self._say_stopped(epoch + 1, 0)
@@ -120,6 +125,8 @@ class Trainer:
         if self.world.rank != 0:
             return
         self.run_dir.write_metrics(self.history.lines)
+        for tracker in self.trackers:
+            tracker.begin(self.history.lines)
         if position.step == 0 and self.history.lines:
             self._export()
 
@@ -164,7 +171,10 @@ class Trainer:
             part = slice(first, first + len(micro.ids_B))
             first = part.stop
             self._seed_generators(epoch, step, micro.micro)
-            batch = self.mixer(self.data.train_batch(micro), epoch)
+            asked = time.monotonic()
+            images = self.data.train_batch(micro)
+            self._data_wait_s += time.monotonic() - asked
+            batch = self.mixer(images, epoch)
             absent += ids_B[part][list(batch.absent)].tolist()
             strangers += [first - len(micro.ids_B) + place for place in batch.strangers()]
             output = self.method(self.engine.forward, batch, past and past.part(part))
@@ -233,7 +243,9 @@ class Trainer:
             "back and start again, the run goes on from its last checkpoint."
         )
 
-    def _finish_epoch(self, epoch: int, constants: dict[str, float], rate: float) -> None:
+    def _finish_epoch(
+        self, epoch: int, constants: dict[str, float], images: int, seconds: float
+    ) -> None:
         """Close the generation of predictions, measure, log, save."""
         if self.store is not None:
             self.store.begin_epoch(epoch + 1)
@@ -243,9 +255,12 @@ class Trainer:
             "lr": self._lr(epoch, self.plan.steps - 1),
             **constants,
             **self._evaluate(epoch),
-            "images_per_s": round(rate, 1),
+            "images_per_s": round(images / seconds, 1),
+            "train_s": round(seconds, 3),
+            "data_wait_s": round(max(self.world.gather(self._data_wait_s)), 3),
             **self._store_waits(epoch),
         }
+        self._data_wait_s = 0.0
         self.history.loss_sum, self.history.samples, self.history.grey = 0.0, 0, 0
         self.history.lines.append(line)
         best, error = self.history.best, line["top1_error"]
@@ -255,6 +270,8 @@ class Trainer:
         self._save(Position(epoch + 1, 0))
         if self.world.rank == 0:  # after the checkpoint: both are of one history
             self.run_dir.write_metrics(self.history.lines)
+            for tracker in self.trackers:
+                tracker.add(line)
             self._export()
 
     def _store_waits(self, epoch: int) -> dict[str, float]:

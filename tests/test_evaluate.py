@@ -14,8 +14,8 @@ import torch
 
 from pskd import models, subject, temperature
 from pskd.cli import main
-from pskd.config import DataSection
 from pskd.data import colour
+from pskd.data.sections import DataSection
 from pskd.errors import AgreedError, PskdError
 from pskd.evaluate import Request, on_ranks
 from pskd.export import export
@@ -339,7 +339,10 @@ def test_a_command_that_cannot_be_meant_is_refused(run, capsys, words, part):
 def test_only_evaluate_takes_settings(run, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(run), "--data.name", "digits"])
-    assert "only doctor and evaluate take settings such as --data.name=digits" in capsys.readouterr().err
+    assert (
+        "only doctor and evaluate take settings such as --data.name=digits"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_file_is_evaluated_with_intervals_and_temperature(tmp_path, capsys):
