@@ -99,7 +99,7 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["inline"] = _inline
-    environment.tests["numeric"] = _is_number
+    environment.filters["classes"] = _column_classes
     environment.globals["kind"] = lambda part: type(part).__name__
     return environment.get_template("page.html")
 
@@ -116,6 +116,9 @@ def _inline(drawing: Drawing, prefix: str) -> str:
     return Markup(svg)  # our own drawing, whose texts are escaped
 
 
-def _is_number(text: str) -> bool:
-    """Cells that begin as numbers do, and are right-aligned; and empty or missing ones."""
-    return re.match(r"[-+]?[\d.]|-?$", text) is not None
+def _column_classes(table: Table) -> list[str]:
+    """`n`, to the right, for each column whose cells all begin as numbers do, or say of none."""
+    return [
+        "n" if all(re.match(r"[-+]?[\d.]|-?$", row[i]) for row in table.rows) else "t"
+        for i in range(len(table.header))
+    ]
