@@ -81,6 +81,7 @@ def svg(figure: Figure) -> str:
     content = io.StringIO()
     with _style():
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+        figure.set_layout_engine("none")  # laid out once: it takes longer than all else
     return content.getvalue()
 
 
