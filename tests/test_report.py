@@ -137,7 +137,7 @@ def test_the_report_of_a_run_is_one_page_and_its_figures(runs, tmp_path, capsys)
         "on digits, method pskd, seed 0.",
         f"top-1 error % {last['top1_error']:.2f}",
         f"AURC x1000 {last['aurc']:.2f}",
-        f"The AURC, {last['aurc']:.2f} x 10^-3",
+        f"its mean is the AURC ({last['aurc']:.2f} x1000)",
         f"ECE {last['ece']:.2f} %",
         "Recipe digits-pskd, but for: key recipe run",
         "train.epochs 20 2",
