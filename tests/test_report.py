@@ -212,6 +212,13 @@ def test_figures_draw_the_points(runs):
     assert line.get_ydata().tolist() == [each["top1_error"] for each in files.lines]
 
 
+def test_classes_of_one_name_have_a_bar_each_the_worst_first():
+    ax = figures.class_errors(np.array([10.0, 30.0, 20.0]), ["crane", "crane", "bird"]).axes[0]
+    assert [bar.get_width() for bar in ax.patches] == [30, 20, 10]
+    assert len({bar.get_y() for bar in ax.patches}) == 3
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["crane", "bird", "crane"]
+
+
 def test_epochs_without_a_measure_are_passed_over():
     """Not evaluated, and an infinite NLL; a measure that none has, has no panel."""
     names = dict.fromkeys(("top1_error", "nll", "ece", "aurc", "top5_error"))
