@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the virtual environment .venv and install this project into it, once.
 #
-#   scripts/setup.sh          what training needs
+#   scripts/setup.sh          what training, and reports of it, need
 #   scripts/setup.sh dev      and what the tests need
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer), PSKD_CUDA=cu12 the CUDA generation of
@@ -25,7 +25,7 @@ if [ -z "$cuda" ]; then
     cuda=cu13
     if command -v nvidia-smi >/dev/null && nvidia-smi | grep -q 'CUDA Version: 12'; then cuda=cu12; fi
 fi
-extras="$cuda${1:+,$1}"
+extras="$cuda,report${1:+,$1}"
 
 # A stamp per set of extras: installed again only when what is asked for has changed.
 stamp=.venv/.installed-$extras
