@@ -18,8 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     words, flags = _split_settings(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     arguments = parser.parse_args(words)
-    if flags and arguments.run_command is not _evaluate:
-        parser.error(f"only evaluate takes settings such as {flags[0]}")
+    if flags and arguments.run_command not in (_evaluate, _inspect):
+        parser.error(f"only evaluate and inspect take settings such as {flags[0]}")
     arguments.settings = flags
     try:
         arguments.run_command(arguments)
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="a run's network for other programs"))
     _add_import(commands.add_parser("import", help="weights of public code for this program"))
     _add_index(commands.add_parser("index", help="look at a folder of images, once"))
+    _add_inspect(commands.add_parser("inspect", help="what past predictions say of the data"))
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     for name, run, text in (
@@ -196,6 +197,21 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     index.set_defaults(run_command=_index)
 
 
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
+    inspect.description = (
+        "Hard samples, probable label errors, forgotten samples and confused classes, from the "
+        "past predictions of a PS-KD run. --data.root DIR names data that were moved."
+    )
+    inspect.add_argument("run", type=Path, metavar="RUN", help="the directory of a run")
+    inspect.add_argument(
+        "--output", type=Path, metavar="DIR", help="where files go (default: RUN/inspect)"
+    )
+    inspect.add_argument(
+        "--top", type=int, default=10, metavar="K", help="so many of each are printed (default: 10)"
+    )
+    inspect.set_defaults(run_command=_inspect)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     _check_one_source(arguments)
     from pskd.evaluate import Request, evaluate  # noqa: PLC0415
@@ -306,6 +322,20 @@ def _index(arguments: argparse.Namespace) -> None:
 
     for report in reports(arguments):
         print(report)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    if arguments.top < 1:
+        raise PskdError(f"--top is {arguments.top}: use 1 or more.")
+    from pskd.inspection.findings import find  # noqa: PLC0415
+    from pskd.inspection.source import open_run  # noqa: PLC0415
+    from pskd.report.inspection import text, write  # noqa: PLC0415
+
+    findings = find(open_run(arguments.run, arguments.settings))
+    output = arguments.output or arguments.run / "inspect"
+    write(findings, output, arguments.top)
+    print(text(findings, arguments.top))
+    print(f"\nwritten to {output}")
 
 
 def _store_info(arguments: argparse.Namespace) -> None:
