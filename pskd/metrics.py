@@ -178,8 +178,14 @@ class Accumulator:
 
 
 def _aurc(confidence_N: Tensor, wrong_N: Tensor) -> float:
-    """Mean over coverage 1/n..n/n of the error rate among the i most confident samples.
+    """Mean of the risk over coverage 1/n..n/n."""
+    return math.fsum(risk(confidence_N, wrong_N).tolist()) / len(wrong_N)
 
+
+def risk(confidence_N: Tensor, wrong_N: Tensor) -> Tensor:
+    """Error rate among the i most confident samples, i = 1..N: (N,) float64, a fraction.
+
+    confidence_N: float64. wrong_N: bool. Both on the CPU.
     Inside a group of g equal confidences with c errors, the first k hold c * k / g on average.
     """
     _, group_N, size_G = torch.unique(-confidence_N, return_inverse=True, return_counts=True)
@@ -190,8 +196,8 @@ def _aurc(confidence_N: Tensor, wrong_N: Tensor) -> float:
     covered_N = torch.arange(1, len(group_N) + 1)
     inside_N = covered_N - start_G[group_of_N]
     expected_N = errors_G[group_of_N] * inside_N / size_G[group_of_N].double()
-    risk_N = (errors_before_G[group_of_N] + expected_N) / covered_N
-    return math.fsum(risk_N.tolist()) / len(group_N)
+    risk_N: Tensor = (errors_before_G[group_of_N] + expected_N) / covered_N
+    return risk_N
 
 
 def _optimal_aurc(n: int, r: int) -> float:
