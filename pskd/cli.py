@@ -330,12 +330,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from pskd.inspection.findings import find  # noqa: PLC0415
     from pskd.inspection.source import open_run  # noqa: PLC0415
     from pskd.report.inspection import text, write  # noqa: PLC0415
+    from pskd.report.inspection_page import inspection_page  # noqa: PLC0415
 
     findings = find(open_run(arguments.run, arguments.settings))
     output = arguments.output or arguments.run / "inspect"
-    write(findings, output, arguments.top)
+    write(findings, output, arguments.top, inspection_page(findings, arguments.top))
     print(text(findings, arguments.top))
-    print(f"\nwritten to {output}")
+    print(f"\nThe page: {output / 'index.html'}; tables beside it.")
 
 
 def _store_info(arguments: argparse.Namespace) -> None:

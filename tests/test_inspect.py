@@ -1,21 +1,26 @@
 """`pskd inspect`: what past predictions say of the training data, against plain Python."""
 
+import base64
 import csv
+import io
 import json
 import math
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pskd.cli import main
 from pskd.command_line import resolve
-from pskd.data import digits
+from pskd.data import digits, imagefolder
 from pskd.inspection import label_errors, scan
 from pskd.inspection.findings import find
 from pskd.inspection.source import open_run
 from pskd.store import open_for_training, open_generation
 from tests.forked import train
+from tests.photos import make_folder
 
 N = 300
 FLAGS = ("--recipe=digits-pskd", f"--data.limit={N}", "--train.epochs=3", "--run.threads=1")
@@ -24,6 +29,7 @@ FILES = {
     "confusion.csv",
     "flips.csv",
     "hardest.csv",
+    "index.html",
     "label_errors.csv",
     "samples.npz",
     "summary.json",
@@ -187,7 +193,7 @@ def test_the_command_prints_and_writes_what_was_found(run, rows, labels, capsys)
     assert main(["inspect", str(run), "--top", "4"]) == 0
     out = capsys.readouterr().out
     found, output = find(open_run(run, [])), run / "inspect"
-    assert {path.name for path in output.iterdir()} >= FILES
+    assert {path.name for path in output.iterdir()} == FILES
     hardest = written(output / "hardest.csv")
     assert [int(line["sample"]) for line in hardest] == found.hardest.tolist()
     first = hardest[0]
@@ -218,8 +224,92 @@ def test_the_command_prints_and_writes_what_was_found(run, rows, labels, capsys)
         assert np.flatnonzero(arrays["suggested"] >= 0).tolist() == sorted(found.errors.ids)
     assert f"{len(errors)} probable label errors" in out
     assert f"{len(found.forgotten)} samples forgotten" in out
-    table = out[out.index("hardest samples") :].split("\n\n")[1].splitlines()
+    table = out[out.index("Hardest samples:") :].split("\n\n")[1].splitlines()
     assert [int(line.split("|")[1]) for line in table[2:]] == found.hardest[:4].tolist()
+
+
+class Page(HTMLParser):
+    """The text of a page, its images, and what it would fetch."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.texts, self.images, self.fetched = [], [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name == "src":
+                assert tag == "img"
+                kind, _, content = value.partition(";base64,")
+                self.images.append(Image.open(io.BytesIO(base64.b64decode(content))))
+                assert kind == f"data:image/{self.images[-1].format.lower()}"
+            elif name == "href" and not value.startswith(("#", "data:")):
+                self.fetched.append(value)
+
+    def handle_data(self, data):
+        self.texts += [data.strip()] if data.strip() else []
+
+
+def test_the_page_shows_the_images_and_needs_nothing_else(run, capsys):
+    assert main(["inspect", str(run)]) == 0
+    page, found = Page(run / "inspect" / "index.html"), find(open_run(run, []))
+    assert page.fetched == []
+    lists = (found.errors.ids, found.hardest, found.forgotten, found.learned)
+    shown = [i for ids in lists for i in ids[:40].tolist()]
+    assert [t for t in page.texts if t.startswith("sample ")] == [f"sample {i}" for i in shown]
+    images = digits.load(None, False).train.images_NHWC
+    for sample, image in zip(shown, page.images, strict=True):
+        assert np.asarray(image).tolist() == images[sample, :, :, 0].tolist()
+    sections = ("Probable label errors", "Hardest samples", "Forgotten", "Learned", "Classes")
+    assert set(sections) <= set(page.texts)
+    worst = found.hardest[0]
+    line = f"{found.labels_N[worst]} {found.now.own_N[worst]:.3f}"
+    assert line in page.texts
+    assert any("memorises its labels" in text for text in page.texts)
+
+
+@pytest.fixture
+def folder_run(tmp_path):
+    """A run on a folder of 12 photos of 2 classes, and its directory."""
+    root = tmp_path / "photos"
+    make_folder(root / "train", classes=2, per_class=6, median_side=200)
+    flags = ("--data.name=imagefolder", f"--data.root={root}", "--data.held_out=2")
+    run_dir = configured(tmp_path / "run", "--recipe=imagenet-resnet152-pskd", *flags)
+    options = {"index_path": None, "val_index_path": None, "held_out": 2, "limit": 0}
+    catalog = imagefolder.load(root, **options)
+    rows = [[0.9, 0.1] if i % 2 else [0.3, 0.7] for i in range(10)]
+    store_of(run_dir / "store", rows, dataset=catalog.fingerprint)
+    return run_dir, root, catalog
+
+
+def test_photos_are_shown_small_and_those_that_are_lost_are_named(folder_run, capsys):
+    run_dir, root, catalog = folder_run
+    lost = catalog.train.path(3)
+    (root / lost).write_bytes(b"no image any more")
+    assert main(["inspect", str(run_dir)]) == 0
+    paths = [line["path"] for line in written(run_dir / "inspect" / "hardest.csv")]
+    assert sorted(paths) == sorted(catalog.train.path(i) for i in range(10))
+    page = Page(run_dir / "inspect" / "index.html")
+    assert max(max(image.size) for image in page.images) == 112
+    section = page.texts[page.texts.index("Hardest samples", page.texts.index("Classes") + 1) :]
+    assert "1 image is gone, or cannot be decoded:" in section
+    assert lost in section
+    assert "sample 3" not in section
+    assert "sample 2" in section
+
+
+def test_data_that_were_moved_are_named_and_others_refused(folder_run, tmp_path, capsys):
+    run_dir, root, _ = folder_run
+    moved = root.rename(tmp_path / "moved")
+    text = refusal(capsys, run_dir)
+    assert "holds no train/" in text
+    assert "its store holds no labels" in text
+    assert "--data.root DIR" in text
+    assert main(["inspect", str(run_dir), "--data.root", str(moved)]) == 0
+    capsys.readouterr()
+    next((moved / "train").glob("*/*.JPEG")).rename(moved / "train" / "class000" / "other.JPEG")
+    text = refusal(capsys, run_dir, "--data.root", moved)
+    assert "is about other samples than the training data" in text
 
 
 def configured(run_dir, *flags):

@@ -5,6 +5,7 @@ Letters: N samples of the training split, C classes, K listed samples.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,20 @@ from pskd.inspection.source import Past, Source
 from pskd.loading import AnyCatalog
 
 IdList = npt.NDArray[np.int64]
+
+
+class ClassFigures(NamedTuple):
+    """Of the samples of a label: mean p of the label and of the prediction, share of wrong ones.
+
+    These are 0 to 1, and NaN for a class without samples.
+    """
+
+    label: int
+    samples: int
+    p_label: float
+    p_predicted: float
+    error: float
+    label_errors: int
 
 
 @dataclass(frozen=True)
@@ -60,11 +75,8 @@ class Findings:
         right = int(self.predicted_CC.diagonal().sum())
         return 1 - right / max(self.judged, 1)
 
-    def by_class(self) -> list[tuple[int, int, float, float, float, int]]:
-        """(class, samples, mean p of the label, mean p of the prediction, error, label errors).
-
-        Means and errors, 0 to 1, are NaN for a class without samples.
-        """
+    def by_class(self) -> list[ClassFigures]:
+        """One for each class, in their order."""
         classes, now = len(self.count_C), self.now
         present = now.present_N
         labels = self.labels_N[present]
@@ -81,7 +93,8 @@ class Findings:
             error_C,
             suspects_C,
         )
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+        lines = zip(*(column.tolist() for column in columns), strict=True)
+        return [ClassFigures(*line) for line in lines]
 
     def confused(self, top: int) -> list[tuple[int, int, float, int, float]]:
         """(label, other class, mean p of it, samples taken for it, their share), by the first p."""

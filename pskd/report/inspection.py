@@ -1,5 +1,6 @@
-"""What `pskd inspect` prints and writes, but for the page.
+"""What `pskd inspect` prints and writes.
 
+index.html         the page, see `inspection_page.py`
 summary.json       counts, notes, and the first samples of each list
 samples.npz        of every sample, by id; see `_arrays`
 label_errors.csv   probable label errors, the worst first
@@ -21,16 +22,16 @@ import numpy as np
 
 from pskd.errors import PskdError
 from pskd.files import write_atomically
-from pskd.inspection.findings import Findings, IdList
+from pskd.inspection.findings import ClassFigures, Findings, IdList
 from pskd.inspection.thumbnails import name_of
-from pskd.report.table import markdown
+from pskd.report.table import Table, markdown
 
 _LONGEST = 1000  # lines of files that could name every sample, or every pair of classes
 
 Cells = Sequence[object]
 
 
-def write(findings: Findings, output: Path, top: int) -> None:
+def write(findings: Findings, output: Path, top: int, page: str) -> None:
     """The files above, into a directory that is made if need be.
 
     Raises:
@@ -63,6 +64,7 @@ def write(findings: Findings, output: Path, top: int) -> None:
         arrays = io.BytesIO()
         np.savez(arrays, allow_pickle=False, **_arrays(findings))
         write_atomically(output / "samples.npz", arrays.getbuffer())
+        write_atomically(output / "index.html", page.encode())
     except OSError as error:
         raise PskdError(f"--output {output} cannot be written: {error.strerror}.") from error
 
@@ -146,51 +148,46 @@ def summary(findings: Findings, top: int) -> dict[str, Any]:
 
 def text(findings: Findings, top: int) -> str:
     """For people, in Markdown."""
-    parts = [headline(findings)]
-    suggested = "most probable label errors"
+    parts = ["\n".join(headline(findings))]
     for title, ids in (
-        (suggested, findings.errors.ids),
-        ("hardest samples: lowest probability of the label", findings.hardest),
-        ("forgotten since the epoch before", findings.forgotten),
-        ("learned since the epoch before", findings.learned),
+        ("Most probable label errors", findings.errors.ids),
+        ("Hardest samples", findings.hardest),
+        ("Forgotten", findings.forgotten),
+        ("Learned", findings.learned),
     ):
         if len(ids):
-            parts.append(_titled(title, *sample_table(findings, ids[:top])))
-    pairs = pair_rows(findings, top)
-    if pairs:
-        header = ["label", "taken for", "mean p", "samples", "share"]
-        parts.append(_titled("most confused classes", header, pairs))
-    worst = sorted(class_rows(findings), key=lambda row: -(row[4] or 0.0))[:top]
-    header = ["class", "samples", "p of label", "p of prediction", "error", "label errors"]
-    parts.append(_titled("classes by error", header, worst))
+            parts.append(_titled(title, sample_table(findings, ids[:top])))
+    parts.append(_titled("Most confused classes", pair_table(findings, top)))
+    worst = class_table(findings, worst_classes(findings, top))
+    parts.append(_titled("Classes of the highest error", worst))
     parts.append("\n".join(f"Note: {note}" for note in findings.notes))
     return "\n\n".join(parts)
 
 
-def headline(findings: Findings) -> str:
-    """What was looked at, and how much was found."""
+def headline(findings: Findings) -> list[str]:
+    """What was looked at, and how much was found; a sentence a line."""
     estimated = findings.errors.estimated(findings.count_C)
     lines = [
-        f"{findings.run}, epoch {findings.epoch + 1}: {findings.judged} samples of "
+        f"{findings.run}, epoch {findings.epoch + 1}: {findings.judged:,} samples of "
         f"{len(findings.count_C)} classes, {100 * findings.error:.2f} % of them predicted as "
         "another class than their label."
     ]
     if findings.skipped:
-        lines.append(f"{findings.skipped} samples have no row yet and are left out.")
+        lines.append(f"{findings.skipped:,} samples have no row yet and are left out.")
     lines.append(
-        f"{len(findings.errors.ids)} probable label errors (confident learning; it estimates "
-        f"{estimated:.0f})."
+        f"{len(findings.errors.ids):,} probable label errors by confident learning, whose estimate "
+        f"of their number is {estimated:,.0f}."
     )
     if findings.before_epoch is not None:
         lines.append(
-            f"Since epoch {findings.before_epoch + 1}: {len(findings.forgotten)} samples forgotten "
-            f"(right then, wrong now), {len(findings.learned)} learned."
+            f"Since epoch {findings.before_epoch + 1}: {len(findings.forgotten):,} samples "
+            f"forgotten (right then, wrong now), {len(findings.learned):,} learned."
         )
-    return "\n".join(lines)
+    return lines
 
 
-def sample_table(findings: Findings, ids: IdList) -> tuple[list[str], list[list[str]]]:
-    """Header and lines for people."""
+def sample_table(findings: Findings, ids: IdList) -> Table:
+    """For people; p of it: of the predicted class."""
     rows = _samples(findings, ids)
     named = any(row[1] for row in rows)
     header = ["sample", *(["path"] if named else []), "label", "predicted", "p of label", "p of it"]
@@ -198,12 +195,46 @@ def sample_table(findings: Findings, ids: IdList) -> tuple[list[str], list[list[
     for sample, path, label, predicted, own, top, _ in rows:
         cells = [str(sample), *([path] if named else []), label, predicted]
         lines.append([*cells, f"{own:.4f}", f"{top:.4f}"])
-    return header, lines
+    return Table(header, lines)
 
 
-def _titled(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
-    return f"{title}:\n\n{markdown(header, cells)}"
+def pair_table(findings: Findings, top: int) -> Table:
+    """For people: the most confused pairs."""
+    names = findings.catalog.class_names
+    header = ["label", "other class", "its mean p", "taken for it", "% of the label"]
+    rows = [
+        [names[label], names[other], f"{p:.4f}", str(taken), f"{100 * share:.2f}"]
+        for label, other, p, taken, share in findings.confused(top)
+    ]
+    return Table(header, rows)
+
+
+def worst_classes(findings: Findings, top: int) -> list[ClassFigures]:
+    """The highest error first; classes without samples are left out."""
+    present = [line for line in findings.by_class() if line.samples]
+    return sorted(present, key=lambda line: -line.error)[:top]
+
+
+def class_table(findings: Findings, lines: Sequence[ClassFigures]) -> Table:
+    """For people."""
+    names = findings.catalog.class_names
+    header = ["class", "samples", "p of label", "p of prediction", "error %", "label errors"]
+    rows = [
+        [
+            names[line.label],
+            str(line.samples),
+            f"{line.p_label:.4f}",
+            f"{line.p_predicted:.4f}",
+            f"{100 * line.error:.2f}",
+            str(line.label_errors),
+        ]
+        for line in lines
+    ]
+    return Table(header, rows)
+
+
+def _titled(title: str, table: Table) -> str:
+    return f"{title}:\n\n{markdown(*table)}"
 
 
 def _own_before(findings: Findings, ids: IdList) -> list[float]:
