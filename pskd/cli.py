@@ -52,14 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pskd", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_evaluate(commands.add_parser("evaluate", help="the measures of a network, or of logits"))
-    compare = commands.add_parser("compare", help="a table of complete runs")
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    compare.add_argument(
-        "--by-recipe",
-        action="store_true",
-        help="one row a recipe: mean, deviation and published figure",
-    )
-    compare.set_defaults(run_command=_compare)
+    _add_report(commands.add_parser("report", help="a run as a page with figures"))
+    _add_compare(commands.add_parser("compare", help="complete runs side by side"))
     recipes = commands.add_parser("recipes", help="the recipes, with what was published")
     recipes.add_argument(
         "words",
@@ -83,6 +77,44 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("directory", type=Path, metavar="DIR", help="a run, or its store/")
         action.set_defaults(run_command=run)
     return parser
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="for index.html and the figures (default: RUN/report)",
+    )
+    _add_bins(report)
+    report.set_defaults(run_command=_report)
+
+
+def _add_bins(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--bins", type=int, help="of reliability diagrams (default: those of the run's ECE)"
+    )
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    compare.add_argument(
+        "--by-recipe",
+        action="store_true",
+        help="one row a recipe: mean, deviation and published figure",
+    )
+    compare.add_argument(
+        "--format",
+        choices=["text", "markdown", "latex"],
+        default="markdown",
+        help="of the table (default: markdown; latex: for the package booktabs)",
+    )
+    compare.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with figures as well"
+    )
+    _add_bins(compare)
+    compare.set_defaults(run_command=_compare)
 
 
 def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
@@ -278,10 +310,34 @@ def _check_one_source(arguments: argparse.Namespace) -> None:
         )
 
 
-def _compare(arguments: argparse.Namespace) -> None:
-    from pskd.report.compare import by_recipe, comparison  # noqa: PLC0415
+def _report(arguments: argparse.Namespace) -> None:
+    _check_bins(arguments.bins)
+    from pskd.report.run_page import report  # noqa: PLC0415
 
-    print((by_recipe if arguments.by_recipe else comparison)(arguments.runs))
+    print(report(arguments.run, arguments.output, arguments.bins))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from pskd.report.compare import by_recipe, comparison, different_data  # noqa: PLC0415
+    from pskd.report.table import render  # noqa: PLC0415
+
+    _check_bins(arguments.bins)
+    if arguments.bins is not None and arguments.html is None:
+        raise PskdError(f"--bins {arguments.bins} means nothing without --html: leave it out.")
+    table = (by_recipe if arguments.by_recipe else comparison)(arguments.runs)
+    warning = different_data(arguments.runs)
+    if arguments.html is not None:
+        from pskd.report.compare_page import compare_page  # noqa: PLC0415
+
+        compare_page(arguments.runs, table, arguments.html, arguments.bins)
+    print(render(table, arguments.format))
+    if warning is not None:
+        sys.stderr.write(f"warning: {warning}\n")
+
+
+def _check_bins(bins: int | None) -> None:
+    if bins is not None and bins < 1:
+        raise PskdError(f"--bins is {bins}: use 1 or more.")
 
 
 def _recipes(arguments: argparse.Namespace) -> None:

@@ -76,6 +76,7 @@ def test_compare_shows_the_last_epoch_first_and_the_best_beside_it(tmp_path, cap
         (tmp_path / name).mkdir()
         result = {"last": measured(5.0, 9, top5), "best": measured(4.0, 6, top5)}
         (tmp_path / name / "result.json").write_text(json.dumps(result))
+        (tmp_path / name / "config.yaml").write_text("run: {recipe: null}")
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -86,5 +87,6 @@ def test_compare_shows_the_last_epoch_first_and_the_best_beside_it(tmp_path, cap
 
 
 def test_compare_of_an_unfinished_run_says_how_to_finish_it(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("run: {recipe: null}")
     assert main(["compare", str(tmp_path)]) == 1
     assert f"train.py --run.dir {tmp_path}" in capsys.readouterr().err

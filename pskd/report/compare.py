@@ -1,31 +1,32 @@
 """Runs side by side: the five measures of each, last epoch first, the best beside it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
-
 from pskd import recipe
 from pskd.errors import PskdError
-from pskd.report.table import MEASURE_COLUMNS, markdown
+from pskd.report.origin import described, published, saved_settings
+from pskd.report.table import MEASURE_COLUMNS, Table
 
 
-def comparison(runs: Sequence[Path]) -> str:
-    """A table in Markdown of complete runs: their last epoch, and the best top-1 error.
+def comparison(runs: Sequence[Path]) -> Table:
+    """Complete runs: their last epoch, and the best top-1 error.
+
+    A cell is `value (published)` where the run's recipe has a published figure.
 
     Raises:
         PskdError: a directory holds no complete run.
     """
     titles = [title for title, _, _ in MEASURE_COLUMNS]
     header = ["run", "epochs", *titles, "best top-1 error % (epoch)"]
-    return markdown(header, [_row(run) for run in runs])
+    return Table(header, [_row(run, label) for run, label in zip(runs, labels(runs), strict=True)])
 
 
-def by_recipe(runs: Sequence[Path]) -> str:
-    """A table in Markdown of the last epochs, one row a recipe, and the published figures.
+def by_recipe(runs: Sequence[Path]) -> Table:
+    """The last epochs, one row a recipe, and the published figures.
 
     A cell is `mean +- deviation (published)` over the runs of the recipe; the deviation is that of
     a sample, and is left out for a single run.
@@ -39,21 +40,59 @@ def by_recipe(runs: Sequence[Path]) -> str:
     header = ["recipe", "runs", *(title for title, _, _ in MEASURE_COLUMNS)]
     rows = []
     for name, lasts in groups.items():
-        published = recipe.read(name).published
-        cells = [
-            _cell([last[key] for last in lasts], published.get(key), digits)
-            for _, key, digits in MEASURE_COLUMNS
-        ]
-        rows.append([name, str(len(lasts)), *cells])
-    return markdown(header, rows)
+        rows.append([name, str(len(lasts)), *_cells(lasts, recipe.read(name).published)])
+    return Table(header, rows)
 
 
-def _row(run: Path) -> list[str]:
+def labels(runs: Sequence[Path]) -> list[str]:
+    """What tells the runs apart: the names of their directories, or of equal ones the paths.
+
+    Raises:
+        PskdError: a directory is named twice.
+    """
+    places = [run.resolve() for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise PskdError(f"{run} is named twice: name each run once.")
+    names = [place.name for place in places]
+    return [
+        str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def different_data(runs: Sequence[Path]) -> str | None:
+    """A warning if the runs were not measured on the same samples and classes, else None."""
+    found: dict[str, list[str]] = {}
+    for run, label in zip(runs, labels(runs), strict=True):
+        found.setdefault(_measured_on(run), []).append(label)
+    if len(found) < 2:
+        return None
+    what = "; ".join(f"{data}: {', '.join(names)}" for data, names in found.items())
+    return f"These runs are of different data, so their measures do not compare ({what})."
+
+
+def _measured_on(run: Path) -> str:
+    text = described(saved_settings(run).get("data", {"name": "unnamed data"}))
+    try:
+        classes = len(json.loads((run / "preprocessing.json").read_text())["class_names"])
+    except (OSError, ValueError, KeyError, TypeError):  # of an older version
+        return text
+    return f"{text}, {classes} classes"
+
+
+def _row(run: Path, label: str) -> list[str]:
     result = _result(run)
     last, best = result["last"], result["best"]
-    cells = [_cell([last[key]], None, digits) for _, key, digits in MEASURE_COLUMNS]
+    known = published(saved_settings(run)["run"].get("recipe"))
     best_cell = f"{best['top1_error']:.2f} ({best['epoch'] + 1})"
-    return [run.name, str(last["epoch"] + 1), *cells, best_cell]
+    return [label, str(last["epoch"] + 1), *_cells([last], known), best_cell]
+
+
+def _cells(lasts: Sequence[dict[str, Any]], known: Mapping[str, float]) -> list[str]:
+    return [
+        _cell([last[key] for last in lasts], known.get(key), digits)
+        for _, key, digits in MEASURE_COLUMNS
+    ]
 
 
 def _cell(values: list[float | None], published: float | None, digits: int) -> str:
@@ -67,6 +106,7 @@ def _cell(values: list[float | None], published: float | None, digits: int) -> s
 
 
 def _result(run: Path) -> dict[str, Any]:
+    saved_settings(run)  # is it a run at all
     try:
         result: dict[str, Any] = json.loads((run / "result.json").read_text())
     except OSError as error:
@@ -74,15 +114,16 @@ def _result(run: Path) -> dict[str, Any]:
             f"{run} holds no complete run ({error.strerror}: result.json). "
             f"`train.py --run.dir {run}` resumes it."
         ) from error
+    except ValueError as error:
+        raise PskdError(
+            f"{run / 'result.json'} cannot be read ({error}). Remove it: "
+            f"`train.py --run.dir {run}` writes it again, without training again."
+        ) from error
     return result
 
 
 def _recipe(run: Path) -> str:
-    try:
-        settings = yaml.safe_load((run / "config.yaml").read_text())
-        name = settings["run"].get("recipe")
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise PskdError(f"{run / 'config.yaml'} cannot be read: {error}.") from error
+    name = saved_settings(run)["run"].get("recipe")
     if name is None:
         raise PskdError(
             f"{run} began with no recipe: `pskd compare` without --by-recipe shows each run."

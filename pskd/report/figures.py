@@ -50,6 +50,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.titlesize": 10,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.hspace": 0.06,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -155,14 +156,15 @@ def reliability(runs: Mapping[str, Records], num_bins: int) -> Figure:
             row, column = divmod(k, wide)
             grid[2 * row][column].remove()
             grid[2 * row + 1][column].remove()
-        grid[0][0].legend(loc="upper left")
+        handles, titles = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, titles, loc="outside lower center", ncols=2)
         return figure
 
 
 def risk_coverage(runs: Mapping[str, Records]) -> Figure:
     """Error among the most confident samples, and the least that as many errors allow."""
     with _style():
-        figure = Figure(figsize=(6.2, 3.6))
+        figure = Figure(figsize=(7.6, 3.6))
         ax = figure.subplots()
         for name, records in runs.items():
             coverage, risk, optimum = points.thin(*points.risk_coverage(records))
@@ -175,7 +177,7 @@ def risk_coverage(runs: Mapping[str, Records]) -> Figure:
         ax.set_ylabel("risk: error % of what is covered")
         ax.set_xlim(0, 1)
         ax.set_ylim(bottom=0)
-        ax.legend(loc="upper left")
+        figure.legend(loc="outside right upper")
         return figure
 
 
@@ -237,7 +239,7 @@ def _curve(ax: Axes, lines: Sequence[Line], key: str, label: str) -> None:
 
 
 def _epochs(ax: Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
     ax.set_xlabel("epoch")
 
 
@@ -252,11 +254,12 @@ def _reliability(upper: Axes, lower: Axes, found: points.Reliability) -> None:
     left_K = np.arange(bins) / bins
     shape: dict[str, Any] = {"width": 0.92 / bins, "align": "edge"}
     upper.plot([0, 1], [0, 1], color=_MIDDLE, linewidth=1, linestyle="--")
-    upper.bar(left_K, np.nan_to_num(found.accuracy_K), color=_COLORS[0], label="accuracy", **shape)
+    upper.bar(left_K, np.nan_to_num(found.accuracy_K), color=_COLORS[6], label="accuracy", **shape)
     low_K = np.fmin(found.accuracy_K, found.confidence_K)
     gap_K = np.abs(found.accuracy_K - found.confidence_K)
-    gap = {"color": _COLORS[4], "alpha": 0.45, "label": "gap to confidence", **shape}
-    upper.bar(left_K, np.nan_to_num(gap_K), bottom=np.nan_to_num(low_K), **gap)
+    gap = {"fill": False, "hatch": "////", "edgecolor": _COLORS[4], "linewidth": 1, **shape}
+    label = "gap to mean confidence"
+    upper.bar(left_K, np.nan_to_num(gap_K), bottom=np.nan_to_num(low_K), label=label, **gap)
     upper.set_xlim(0, 1)
     upper.set_ylim(0, 1)
     bars = lower.bar(left_K, found.count_K, color=_MIDDLE, **shape)

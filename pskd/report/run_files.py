@@ -10,11 +10,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-import yaml
 
-from pskd import recipe
 from pskd.errors import PskdError
 from pskd.metrics import Records
+from pskd.report.origin import Sections, described, saved_settings
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 
@@ -30,7 +29,7 @@ class RunFiles:
     """
 
     path: Path
-    settings: Mapping[str, Mapping[str, Any]]
+    settings: Sections
     lines: Sequence[Line]
     complete: bool
     status: Mapping[str, Any]
@@ -51,11 +50,8 @@ class RunFiles:
 
     @property
     def data(self) -> str:
-        """The samples that were evaluated, in words; runs that differ here do not compare."""
-        section = self.settings["data"]
-        held_out = section.get("held_out")
-        root = f" {section['root']}" if section["name"] == "imagefolder" else ""
-        return f"{section['name']}{root}{f', {held_out} held out' if held_out else ''}"
+        """The samples that were evaluated, in words."""
+        return described(self.settings["data"])
 
     @property
     def last(self) -> Line:
@@ -69,18 +65,13 @@ class RunFiles:
         return int(self.settings.get("evaluation", {}).get("ece_bins", 10))
 
 
-def published(name: str | None) -> Mapping[str, float]:
-    """The published figures of a recipe of the package; none for others."""
-    return recipe.read(name).published if name in recipe.names() else {}
-
-
 def read(path: Path) -> RunFiles:
     """Read a run directory.
 
     Raises:
         PskdError: it holds no run, or one without a finished epoch, or a file is damaged.
     """
-    settings = _yaml(path / "config.yaml", path)
+    settings = saved_settings(path)
     lines = _lines(path / "metrics.jsonl")
     if not lines:
         raise PskdError(
@@ -110,24 +101,9 @@ def _whole(path: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         what = getattr(error, "strerror", None) or error
         raise PskdError(
-            f"{path} cannot be read ({what}): `train.py --run.dir {path.parent}` writes what is "
-            "missing, without training a complete run again."
+            f"{path} cannot be read ({what}). Remove it: `train.py --run.dir {path.parent}` "
+            "writes it again, without training again what is trained."
         ) from error
-
-
-def _yaml(path: Path, run: Path) -> Mapping[str, Mapping[str, Any]]:
-    try:
-        settings = yaml.safe_load(path.read_text())
-        settings["run"], settings["data"]["name"]
-    except OSError as error:
-        raise PskdError(
-            f"{run} is no run directory ({error.strerror}: config.yaml): name one that training "
-            "has made."
-        ) from error
-    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
-        raise PskdError(f"{path} cannot be read: {error}. Restore it.") from error
-    checked: Mapping[str, Mapping[str, Any]] = settings
-    return checked
 
 
 def _lines(path: Path) -> list[Line]:

@@ -14,8 +14,9 @@ from pskd.errors import PskdError
 from pskd.files import write_atomically
 from pskd.metrics import Records
 from pskd.report import figures, points
+from pskd.report.origin import published
 from pskd.report.page import Code, Drawing, Part, Section, Text, page
-from pskd.report.run_files import Line, RunFiles, published, read
+from pskd.report.run_files import Line, RunFiles, read
 from pskd.report.table import MEASURE_COLUMNS, Table
 
 if TYPE_CHECKING:  # at run time, only figures.py says what is missing
@@ -41,10 +42,9 @@ def report(run: Path, output: Path | None, bins: int | None) -> Path:
     Raises:
         PskdError: no run with a finished epoch, or nothing can be written there.
     """
-    if bins is not None and bins < 1:
-        raise PskdError(f"--bins is {bins}: use 1 or more.")
     files = read(run)
-    drawer = Drawer(output or run / "report")
+    directory = output or run / "report"
+    drawer = Drawer(directory)
     sections = [
         Section("Measures", _measures(files)),
         Section("Learning curves", [drawer(_learning_curves(files))]),
@@ -58,7 +58,9 @@ def report(run: Path, output: Path | None, bins: int | None) -> Path:
         Section("Environment", _environment(files)),
         Section("Starts", _starts(files)),
     ]
-    return drawer.write("index.html", page(files.name, sections, _lead(files)))
+    path = directory / "index.html"
+    write(path, page(files.name, sections, _lead(files)), "--output")
+    return path
 
 
 class Drawer:
@@ -70,25 +72,24 @@ class Drawer:
     def __call__(self, plot: Plot) -> Drawing:
         """Write both files."""
         text = figures.svg(plot.figure)
-        self.write(f"{plot.name}.svg", text)
-        self.write(f"{plot.name}.png", figures.png(plot.figure))
+        write(self._directory / f"{plot.name}.svg", text, "--output")
+        write(self._directory / f"{plot.name}.png", figures.png(plot.figure), "--output")
         return Drawing(text, plot.alt, plot.caption)
 
-    def write(self, name: str, content: str | bytes) -> Path:
-        """Replace a file.
 
-        Raises:
-            PskdError: it cannot be written.
-        """
-        path = self._directory / name
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, content.encode() if isinstance(content, str) else content)
-        except OSError as error:
-            raise PskdError(
-                f"{path} cannot be written ({error.strerror}): name another place with --output."
-            ) from error
-        return path
+def write(path: Path, content: str | bytes, flag: str) -> None:
+    """Replace a file, whose directory is made. flag: says where else it could go.
+
+    Raises:
+        PskdError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise PskdError(
+            f"{path} cannot be written ({error.strerror}): name another place with {flag}."
+        ) from error
 
 
 def without_predictions(files: RunFiles) -> str | None:
@@ -127,8 +128,8 @@ def _lead(files: RunFiles) -> list[Part]:
 def _measures(files: RunFiles) -> list[Part]:
     known = published(files.recipe)
     columns: list[tuple[str, Line]] = [(f"epoch {files.last['epoch'] + 1}", files.last)]
-    if files.best is not None:
-        columns.append((f"epoch of least top-1 error: {files.best['epoch'] + 1}", files.best))
+    if files.best is not None and files.best["epoch"] != files.last["epoch"]:
+        columns.append((f"best top-1 error: epoch {files.best['epoch'] + 1}", files.best))
     header = ["measure", *(title for title, _ in columns)]
     header += ["published"] if known else []
     rows = []
@@ -138,8 +139,10 @@ def _measures(files: RunFiles) -> list[Part]:
             row.append(f"{known[key]:.2f}" if key in known else "-")
         rows.append(row)
     parts: list[Part] = [Table(header, rows)]
+    if len(columns) == 1 and files.best is not None:
+        parts.append(Text("The top-1 error was never lower."))
     if known:
-        parts.append(Text(f"Published: for what recipe {files.recipe} stands for."))
+        parts.append(Text(f"Published: of what recipe {files.recipe} repeats."))
     return parts
 
 
@@ -253,7 +256,7 @@ def _configuration(files: RunFiles) -> list[Part]:
     except PskdError:
         return [Text(f"Recipe {files.recipe}, which this version does not have."), *parts]
     rows = [
-        [f"{section}.{key}", _value(own[section].get(key)), _value(value)]
+        [f"{section}.{key}", yaml_value(own[section].get(key)), yaml_value(value)]
         for section, values in files.settings.items()
         for key, value in values.items()
         if section in own and (section, key) != ("run", "recipe")
@@ -269,7 +272,7 @@ def _environment(files: RunFiles) -> list[Part]:
     if not files.starts:
         return [Text("The run has no env.json.", notice=True)]
     facts = files.starts[-1]["facts"]
-    rows = [[key, _value(value)] for key, value in facts.items()]
+    rows = [[key, yaml_value(value)] for key, value in facts.items()]
     text = "At the last start." if len(files.starts) > 1 else "At the start."
     return [Text(text), Table(["what", "value"], rows)]
 
@@ -293,7 +296,7 @@ def _starts(files: RunFiles) -> list[Part]:
     parts: list[Part] = [Table(["start", "UTC", "host", "command", "changed"], rows)]
     origin = files.starts[0].get("origin") if files.starts else None
     if origin:
-        told = ", ".join(f"{key} {_value(value)}" for key, value in origin.items())
+        told = ", ".join(f"{key} {yaml_value(value)}" for key, value in origin.items())
         parts.append(Text(f"The run began from another one's checkpoint: {told}."))
     return parts
 
@@ -310,6 +313,6 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     """As in the YAML file."""
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
