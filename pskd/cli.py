@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pskd import launch
 from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, AgreedError, PskdError
+from pskd.report import inspection_command
 
 _RESAMPLES = 1000
 
@@ -66,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="a run's network for other programs"))
     _add_import(commands.add_parser("import", help="weights of public code for this program"))
     _add_index(commands.add_parser("index", help="look at a folder of images, once"))
-    _add_inspect(commands.add_parser("inspect", help="what past predictions say of the data"))
+    inspect = commands.add_parser("inspect", help="what past predictions say of the data")
+    inspection_command.add_arguments(inspect)
+    inspect.set_defaults(run_command=_inspect)
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     for name, run, text in (
@@ -229,21 +232,6 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     index.set_defaults(run_command=_index)
 
 
-def _add_inspect(inspect: argparse.ArgumentParser) -> None:
-    inspect.description = (
-        "Hard samples, probable label errors, forgotten samples and confused classes, from the "
-        "past predictions of a PS-KD run. --data.root DIR names data that were moved."
-    )
-    inspect.add_argument("run", type=Path, metavar="RUN", help="the directory of a run")
-    inspect.add_argument(
-        "--output", type=Path, metavar="DIR", help="where files go (default: RUN/inspect)"
-    )
-    inspect.add_argument(
-        "--top", type=int, default=10, metavar="K", help="so many of each are printed (default: 10)"
-    )
-    inspect.set_defaults(run_command=_inspect)
-
-
 def _evaluate(arguments: argparse.Namespace) -> None:
     _check_one_source(arguments)
     from pskd.evaluate import Request, evaluate  # noqa: PLC0415
@@ -381,18 +369,10 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    if arguments.top < 1:
-        raise PskdError(f"--top is {arguments.top}: use 1 or more.")
-    from pskd.inspection.findings import find  # noqa: PLC0415
-    from pskd.inspection.source import open_run  # noqa: PLC0415
-    from pskd.report.inspection import text, write  # noqa: PLC0415
-    from pskd.report.inspection_page import inspection_page  # noqa: PLC0415
-
-    findings = find(open_run(arguments.run, arguments.settings))
-    output = arguments.output or arguments.run / "inspect"
-    write(findings, output, arguments.top, inspection_page(findings, arguments.top))
-    print(text(findings, arguments.top))
-    print(f"\nThe page: {output / 'index.html'}; tables beside it.")
+    found = inspection_command.inspect(
+        arguments.run, arguments.settings, arguments.output, arguments.top
+    )
+    print(found)
 
 
 def _store_info(arguments: argparse.Namespace) -> None:

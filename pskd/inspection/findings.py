@@ -159,7 +159,7 @@ def _notes(config: Config, last: Past, before: Past | None) -> list[str]:
     notes = [
         "Each row is a prediction for the augmented image, made in training before the step that "
         "learnt from it. Earlier epochs have learnt from the same label: a network that memorises "
-        "its labels hides their errors."
+        "its labels hides their errors, and one that still errs much takes right labels for wrong."
     ]
     if config.mixing.name != "none":
         notes.append(
