@@ -338,7 +338,7 @@ def test_a_command_that_cannot_be_meant_is_refused(run, capsys, words, part):
 def test_only_evaluate_takes_settings(run, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(run), "--data.name", "digits"])
-    assert "only evaluate takes settings such as --data.name=digits" in capsys.readouterr().err
+    assert "only evaluate and inspect take settings such as --data.name=digits" in capsys.readouterr().err
 
 
 def test_a_file_is_evaluated_with_intervals_and_temperature(tmp_path, capsys):
