@@ -25,10 +25,12 @@ def _nurse(pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import pskd.job  # noqa: F401
     from pskd.data import digits
+    from pskd.data.catalog import DATASETS
     from pskd.entry import main
     from pskd.models import MODELS
 
     MODELS["plain"] = ("tests.plain_network", {})  # a network of the user's own
+    DATASETS["flipped-fashion-mnist"] = "tests.flipped_fashion_mnist"  # and a data set
     digits.load(None, False)
     while True:
         asked = pipe.recv()

@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import math
+import os
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,14 @@ from PIL import Image
 
 from pskd.cli import main
 from pskd.command_line import resolve
-from pskd.data import digits, imagefolder
+from pskd.data import digits, fashion_mnist, imagefolder
+from pskd.data.catalog import DATASETS
 from pskd.inspection import label_errors, scan
 from pskd.inspection.findings import find
 from pskd.inspection.source import open_run
 from pskd.store import open_for_training, open_generation
-from tests.forked import train
+from tests.flipped_fashion_mnist import SHARE, flipped
+from tests.forked import ForkedJob, train
 from tests.photos import make_folder
 
 N = 300
@@ -273,6 +277,10 @@ def folder_run(tmp_path):
     """A run on a folder of 12 photos of 2 classes, and its directory."""
     root = tmp_path / "photos"
     make_folder(root / "train", classes=2, per_class=6, median_side=200)
+    return on_folder(tmp_path, root)
+
+
+def on_folder(tmp_path, root):
     flags = ("--data.name=imagefolder", f"--data.root={root}", "--data.held_out=2")
     run_dir = configured(tmp_path / "run", "--recipe=imagenet-resnet152-pskd", *flags)
     options = {"index_path": None, "val_index_path": None, "held_out": 2, "limit": 0}
@@ -296,6 +304,24 @@ def test_photos_are_shown_small_and_those_that_are_lost_are_named(folder_run, ca
     assert lost in section
     assert "sample 3" not in section
     assert "sample 2" in section
+
+
+def test_names_that_are_no_text_are_shown_escaped_and_written_as_they_are(tmp_path, capsys):
+    make_folder(tmp_path / "photos" / "train", classes=2, per_class=6, median_side=48)
+    odd = os.fsdecode(b"caf\xe9\n")
+    (tmp_path / "photos" / "train" / "class001").rename(tmp_path / "photos" / "train" / odd)
+    run_dir, _, catalog = on_folder(tmp_path, tmp_path / "photos")
+    sample = int(catalog.train.labels_N.argmin())
+    Path(catalog.train.path(sample)).write_bytes(b"no image any more")
+    assert main(["inspect", str(run_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "| 'caf\\udce9\\n' " in out
+    page = Page(run_dir / "inspect" / "index.html")
+    assert "'caf\\udce9\\n'" in page.texts
+    lines = (run_dir / "inspect" / "hardest.csv").read_bytes()
+    assert b'"caf\xe9\n"' in lines
+    summary = json.loads((run_dir / "inspect" / "summary.json").read_text())
+    assert summary["classes"] == [odd, "class000"]
 
 
 def test_data_that_were_moved_are_named_and_others_refused(folder_run, tmp_path, capsys):
@@ -399,3 +425,37 @@ def test_a_place_that_cannot_be_written_is_named(run, tmp_path, capsys):
     assert f"--output {tmp_path / 'file'} cannot be written" in refusal(
         capsys, run, "--output", tmp_path / "file"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(
+    not fashion_mnist.DEBIAN.exists(), reason="install Debian's dataset-fashion-mnist"
+)
+def test_labels_that_were_flipped_are_found(tmp_path, monkeypatch):
+    """10,000 images of Fashion-MNIST with 200 wrong labels, the recipe in half its epochs.
+
+    Prints the figures that the README gives.
+    """
+    name = "flipped-fashion-mnist"
+    monkeypatch.setitem(DATASETS, name, "tests.flipped_fashion_mnist")
+    flags = ("--recipe=fashion-mnist-10k-pskd", f"--data.name={name}", "--train.epochs=6")
+    job = ForkedJob(tmp_path / name, *flags, "--schedule.milestones=[3,5]", "--evaluation.every=6")
+    assert job.process.wait(1500) == 0, job.output()
+    assert main(["inspect", str(tmp_path / name)]) == 0
+    wrong = set(flipped().tolist())
+    precision, recall = {}, {}
+    for kind in ("label_errors", "hardest"):
+        lines = written(tmp_path / name / "inspect" / f"{kind}.csv")
+        hits = np.cumsum([int(line["sample"]) in wrong for line in lines])
+        for count in (100, 200, len(lines)):
+            precision[kind, count] = hits[count - 1] / count
+            recall[kind, count] = hits[count - 1] / len(wrong)
+            figures = f"precision {precision[kind, count]:.3f}, recall {recall[kind, count]:.3f}"
+            print(f"{kind}, first {count}: {figures}")  # noqa: T201
+    everything = len(written(tmp_path / name / "inspect" / "label_errors.csv"))
+    assert precision["label_errors", everything] > 4 * SHARE
+    assert recall["label_errors", everything] > 0.55
+    assert precision["label_errors", 100] > 25 * SHARE
+    assert precision["label_errors", 200] > 15 * SHARE
+    assert precision["hardest", 200] > 25 * SHARE

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from pskd.data.folder import shown
 from pskd.errors import PskdError
 from pskd.files import write_atomically
 from pskd.inspection.findings import ClassFigures, Findings, IdList
@@ -168,7 +169,7 @@ def headline(findings: Findings) -> list[str]:
     """What was looked at, and how much was found; a sentence a line."""
     estimated = findings.errors.estimated(findings.count_C)
     lines = [
-        f"{findings.run}, epoch {findings.epoch + 1}: {findings.judged:,} samples of "
+        f"{shown(str(findings.run))}, epoch {findings.epoch + 1}: {findings.judged:,} samples of "
         f"{len(findings.count_C)} classes, {100 * findings.error:.2f} % of them predicted as "
         "another class than their label."
     ]
@@ -193,14 +194,19 @@ def sample_table(findings: Findings, ids: IdList) -> Table:
     header = ["sample", *(["path"] if named else []), "label", "predicted", "p of label", "p of it"]
     lines = []
     for sample, path, label, predicted, own, top, _ in rows:
-        cells = [str(sample), *([path] if named else []), label, predicted]
+        cells = [str(sample), *([shown(path)] if named else []), shown(label), shown(predicted)]
         lines.append([*cells, f"{own:.4f}", f"{top:.4f}"])
     return Table(header, lines)
 
 
+def shown_names(findings: Findings) -> list[str]:
+    """Of the classes, as people can read them: a folder's name need not be text."""
+    return [shown(name) for name in findings.catalog.class_names]
+
+
 def pair_table(findings: Findings, top: int) -> Table:
     """For people: the most confused pairs."""
-    names = findings.catalog.class_names
+    names = shown_names(findings)
     header = ["label", "other class", "its mean p", "taken for it", "% of the label"]
     rows = [
         [names[label], names[other], f"{p:.4f}", str(taken), f"{100 * share:.2f}"]
@@ -217,7 +223,7 @@ def worst_classes(findings: Findings, top: int) -> list[ClassFigures]:
 
 def class_table(findings: Findings, lines: Sequence[ClassFigures]) -> Table:
     """For people."""
-    names = findings.catalog.class_names
+    names = shown_names(findings)
     header = ["class", "samples", "p of label", "p of prediction", "error %", "label errors"]
     rows = [
         [

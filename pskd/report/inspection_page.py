@@ -1,5 +1,6 @@
 """The page of `pskd inspect`: the same lists with their images."""
 
+from pskd.data import folder
 from pskd.inspection.findings import Findings, IdList
 from pskd.inspection.thumbnails import SIDE, picture
 from pskd.report.inspection import (
@@ -7,6 +8,7 @@ from pskd.report.inspection import (
     headline,
     pair_table,
     sample_table,
+    shown_names,
     worst_classes,
 )
 from pskd.report.page import Gallery, Image, Part, Section, Text, page
@@ -39,9 +41,8 @@ def inspection_page(findings: Findings, top: int) -> str:
     lead += [Text(note, notice=True) for note in findings.notes]
     below = "Below an image: its label, and the most probable other class, with the past "
     lead.append(Text(below + "prediction's probability of each."))
-    return page(
-        f"{findings.run.absolute().name}: what past predictions say of the data", sections, lead
-    )
+    name = folder.shown(findings.run.absolute().name)
+    return page(f"{name}: what past predictions say of the data", sections, lead)
 
 
 def _gallery(findings: Findings, text: str, ids: IdList, shown: int) -> list[Part]:
@@ -68,7 +69,7 @@ def _gallery(findings: Findings, text: str, ids: IdList, shown: int) -> list[Par
 
 def _lines(findings: Findings, sample: int) -> list[str]:
     """Below an image."""
-    names, now = findings.catalog.class_names, findings.now
+    names, now = shown_names(findings), findings.now
     label, other = findings.labels_N[sample], now.other_class_N[sample]
     return [
         f"{names[label]} {now.own_N[sample]:.3f}",
