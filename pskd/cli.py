@@ -9,6 +9,7 @@ from pathlib import Path
 from pskd import launch
 from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, AgreedError, PskdError
 from pskd.health import STALE_S, check
+from pskd.report import inspection_command
 
 _RESAMPLES = 1000
 
@@ -22,8 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(words)
     if unknown and arguments.run_command is not _doctor:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if settings and arguments.run_command not in (_doctor, _evaluate):
-        parser.error(f"only doctor and evaluate take settings such as {settings[0]}")
+    if settings and arguments.run_command not in (_doctor, _evaluate, _inspect):
+        parser.error(f"only doctor, evaluate and inspect take settings such as {settings[0]}")
     arguments.settings = [*unknown, *settings]
     try:
         code = arguments.run_command(arguments)
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     _add_health(commands.add_parser("health", help="whether a run is alive: exit code 0 or 1"))
+    inspect = commands.add_parser("inspect", help="what past predictions say of the data")
+    inspection_command.add_arguments(inspect)
+    inspect.set_defaults(run_command=_inspect)
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     for name, run, text in (
@@ -427,6 +431,13 @@ def _health(arguments: argparse.Namespace) -> None:
     if not run:
         raise PskdError("pskd health needs RUN, a run directory, or PSKD_RUN_DIR.")
     print(check(Path(run), arguments.stale_s))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    found = inspection_command.inspect(
+        arguments.run, arguments.settings, arguments.output, arguments.top
+    )
+    print(found)
 
 
 def _store_info(arguments: argparse.Namespace) -> None:

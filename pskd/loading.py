@@ -3,7 +3,7 @@
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pskd.config import Config
 from pskd.data import colour, imagefolder
@@ -17,14 +17,16 @@ from pskd.data.sections import DataSection
 from pskd.data.views import SameClass
 from pskd.errors import AgreedError, PskdError
 from pskd.order import Plan
-from pskd.world import World
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which takes seconds and is not needed to read samples
+    from pskd.world import World
 
 _HEAD_START_S = 0.2
 
 AnyCatalog = Catalog | FolderCatalog
 
 
-def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
+def samples(config: Config, here: "World") -> tuple[AnyCatalog, Plan]:
     """The samples, equal on all ranks, and how they are dealt out."""
     catalog = read(config.data, here)
     plan = Plan(
@@ -39,7 +41,7 @@ def samples(config: Config, here: World) -> tuple[AnyCatalog, Plan]:
     return catalog, plan
 
 
-def read(section: DataSection, here: World, *, validation_only: bool = False) -> AnyCatalog:
+def read(section: DataSection, here: "World", *, validation_only: bool = False) -> AnyCatalog:
     """The samples, equal on all ranks.
 
     validation_only: of a folder, `val/` or one of classes will do; it stands for both splits.
@@ -54,7 +56,7 @@ def read(section: DataSection, here: World, *, validation_only: bool = False) ->
     for now in range(3) if section.download else [turn]:
         with here.together():
             if turn == now:
-                catalog = _catalog(section, validation_only)
+                catalog = catalog_of(section, validation_only=validation_only)
     with here.together():
         _check_classes(section, catalog)
     fingerprints = here.gather(catalog.fingerprint)
@@ -85,7 +87,7 @@ def input_sizes(section: DataSection, catalog: AnyCatalog) -> tuple[set[tuple[in
     return {(side, side) for side in sides}, "data.image_size"
 
 
-def loader(config: Config, here: World, catalog: AnyCatalog, *, peers: bool) -> Data:
+def loader(config: Config, here: "World", catalog: AnyCatalog, *, peers: bool) -> Data:
     """What turns ids into batches on this rank's device. peers: see `Method.needs_peers`."""
     section, seed = config.data, config.train.seed
     peer = SameClass(seed, catalog.train.labels_N) if peers else None
@@ -116,7 +118,12 @@ def loader(config: Config, here: World, catalog: AnyCatalog, *, peers: bool) -> 
     return DaliData(catalog, here.device, seed, options, peer)
 
 
-def _catalog(section: DataSection, validation_only: bool) -> AnyCatalog:
+def catalog_of(section: DataSection, *, validation_only: bool = False) -> AnyCatalog:
+    """As `read`, by a process of its own.
+
+    Raises:
+        PskdError: the samples are missing or damaged.
+    """
     if section.name == FOLDER:
         if section.root is None:
             raise PskdError(

@@ -35,11 +35,13 @@ def _nurse(pipe: Connection) -> None:
     import pskd.doctor.checks
     import pskd.job  # noqa: F401
     from pskd.data import digits
+    from pskd.data.catalog import DATASETS
     from pskd.models import MODELS
 
     assert deepspeed.ops.__compatible_ops__  # a second of probing, once
 
     MODELS["plain"] = ("tests.plain_network", {})  # a network of the user's own
+    DATASETS["flipped-fashion-mnist"] = "tests.flipped_fashion_mnist"  # and a data set
     digits.load(None, False)
     while True:
         asked = pipe.recv()

@@ -336,13 +336,11 @@ def test_a_command_that_cannot_be_meant_is_refused(run, capsys, words, part):
     assert part in captured.err
 
 
-def test_only_evaluate_takes_settings(run, capsys):
+def test_other_commands_take_no_settings(run, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(run), "--data.name", "digits"])
-    assert (
-        "only doctor and evaluate take settings such as --data.name=digits"
-        in capsys.readouterr().err
-    )
+    refused = "only doctor, evaluate and inspect take settings such as --data.name=digits"
+    assert refused in capsys.readouterr().err
 
 
 def test_a_file_is_evaluated_with_intervals_and_temperature(tmp_path, capsys):

@@ -73,6 +73,11 @@ class Generation:
         """Whether each sample has a row: bool (N,)."""
         return self._segment_N >= 0
 
+    def in_file_order(self) -> Ids:
+        """Ids of the samples that have a row, as the rows lie on disk: int64."""
+        ids = np.flatnonzero(self._segment_N >= 0)
+        return ids[np.lexsort((self._unit_N[ids], self._segment_N[ids]))]
+
     def gather(self, ids_B: Ids, out_BR: Bytes, present_B: npt.NDArray[np.bool_]) -> bool:
         """Encoded rows into uint8 (B, R), zeros where absent, and whether each is present.
 

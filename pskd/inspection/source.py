@@ -1,0 +1,111 @@
+"""What is looked at: the finished generations of a run, and the samples they are about."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from pskd import command_line
+from pskd.config import Config
+from pskd.errors import PskdError
+from pskd.loading import AnyCatalog, catalog_of
+from pskd.run_dir import RunDir
+from pskd.store.generation import Generation, finished_epochs, generation_name, open_generation
+
+_READ = ("data.root", "data.index_path", "data.val_index_path")
+
+
+class Past(NamedTuple):
+    """Predictions that a run made in an epoch, 0-based."""
+
+    epoch: int
+    rows: Generation
+
+
+@dataclass(frozen=True)
+class Source:
+    """last: of the newest finished epoch. before: of the finished one before it, if still there."""
+
+    run: Path
+    config: Config
+    catalog: AnyCatalog
+    last: Past
+    before: Past | None
+
+
+def open_run(run: Path, flags: list[str]) -> Source:
+    """flags: `--data.root=DIR` and the like, where the data are now.
+
+    Raises:
+        PskdError: no run; its method keeps no predictions; no epoch is finished; the data cannot
+            be read, or are not those that it trained.
+    """
+    for flag in flags:
+        key = flag.removeprefix("--").partition("=")[0]
+        if key not in _READ:
+            raise PskdError(f"--{key}: `pskd inspect` does not read it, only {', '.join(_READ)}.")
+    config = command_line.over(f"{run}/config.yaml", _saved(run), flags)
+    store = RunDir(run).store
+    epochs = finished_epochs(store)
+    if not epochs:
+        raise _no_predictions(run, config)
+    pasts = [Past(e, open_generation(store / generation_name(e))) for e in epochs[-2:]]
+    last = pasts[-1]
+    try:  # nothing is fetched: other data would come in the place of what is missing
+        catalog = catalog_of(replace(config.data, download=False))
+    except PskdError as error:
+        raise PskdError(
+            f"the training samples of {run} cannot be read, and its store holds no labels: {error} "
+            "If the data were moved, name their place with --data.root DIR."
+        ) from error
+    for past in pasts:
+        _check_same(run, catalog, past)
+    return Source(run, config, catalog, last, pasts[0] if len(pasts) > 1 else None)
+
+
+def _saved(run: Path) -> dict[str, Any]:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise PskdError(f"{run} is no run directory (it has no config.yaml). Name a run.")
+    try:
+        return dict(yaml.safe_load(path.read_text()))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise PskdError(f"{path} cannot be read: {error}.") from error
+
+
+def _no_predictions(run: Path, config: Config) -> PskdError:
+    method = config.method
+    if method.name != "pskd":
+        return PskdError(
+            f"{run}: method {method.name} keeps no past predictions. `pskd inspect` reads those of "
+            "method pskd."
+        )
+    if getattr(method, "teacher", "table") != "table":
+        return PskdError(
+            f"{run}: method pskd with method.teacher model keeps no past predictions. Train with "
+            "method.teacher table."
+        )
+    return PskdError(
+        f"{run} holds no past predictions of a finished epoch: go on with "
+        f"`train.py --run.dir {run}` until its first epoch has ended."
+    )
+
+
+def _check_same(run: Path, catalog: AnyCatalog, past: Past) -> None:
+    """Rows are matched with labels by number."""
+    rows, name = past.rows, generation_name(past.epoch)
+    for what, stored, found in (
+        ("classes", rows.classes, catalog.num_classes),
+        ("samples", rows.n, len(catalog.train)),
+    ):
+        if stored != found:
+            raise PskdError(
+                f"{run}/store/{name} is about {stored} {what}, but the training data have {found}. "
+                "Name the data that the run was trained on with --data.root DIR."
+            )
+    if any(segment.header.identity != catalog.fingerprint for segment in rows.segments):
+        raise PskdError(
+            f"{run}/store/{name} is about other samples than the training data, which have as many "
+            "(fingerprints differ). Name those of the run with --data.root DIR."
+        )
