@@ -13,11 +13,13 @@ LIST = """
 import pskd, json
 from pskd import recipe
 from pskd.deepspeed_config import SHIPPED
+from pskd.report.page import page
+assert "<h1>T</h1>" in page("T", [])
 print(json.dumps([pskd.__file__, recipe.names(), sorted(p.name for p in SHIPPED.glob("*.json"))]))
 """
 
 
-def test_a_wheel_brings_recipes_and_deepspeed_configurations(tmp_path):
+def test_a_wheel_brings_recipes_deepspeed_configurations_and_templates(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     source = tmp_path / "source"  # so that nothing is built inside the repository

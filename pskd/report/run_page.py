@@ -174,8 +174,8 @@ def _of_predictions(files: RunFiles, records: Records, bins: int, drawer: Drawer
         "risk_coverage",
         figures.risk_coverage({files.name: records}),
         "Risk by coverage, and its optimum.",
-        f"The error among the most confident samples. The AURC, {1000 * _mean_risk(records):.2f} "
-        "x 10^-3, is the mean of the curve. Optimum: as many errors, all of them covered last.",
+        "The error among the most confident samples; its mean is the AURC "
+        f"({1000 * _mean_risk(records):.2f} x1000). Optimum: as many errors, all covered last.",
     )
     return [
         Section("Calibration", [drawer(calibration), drawer(confidences)]),
