@@ -28,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.settings = [*unknown, *settings]
     try:
         code = arguments.run_command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `pskd ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except PskdError as error:
         agreed = isinstance(error, AgreedError)
         if (launch.rank() if agreed else launch.local_rank()) > 0:
