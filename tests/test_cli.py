@@ -1,6 +1,8 @@
 """The `pskd` command."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -90,3 +92,16 @@ def test_compare_of_an_unfinished_run_says_how_to_finish_it(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("run: {recipe: null}")
     assert main(["compare", str(tmp_path)]) == 1
     assert f"train.py --run.dir {tmp_path}" in capsys.readouterr().err
+
+
+def test_who_reads_may_have_gone(tmp_path):
+    """As in `pskd recipes | head -1`: no traceback."""
+    command = subprocess.Popen(
+        [sys.executable, "-m", "pskd.cli", "recipes"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    command.stdout.close()
+    assert command.stderr.read() == ""
+    assert command.wait() == 1
