@@ -23,7 +23,7 @@ COPY pyproject.toml requirements.lock ./
 RUN python3 -m venv /opt/venv \
     && python -c "import tomllib; t = tomllib.load(open('pyproject.toml', 'rb')); p = t['project']; \
 print(*t['build-system']['requires'], *p['dependencies'], \
-*p['optional-dependencies']['$PSKD_CUDA'], sep='\n')" > /tmp/requirements.txt \
+*p['optional-dependencies']['$PSKD_CUDA'], *p['optional-dependencies']['report'], sep='\n')" > /tmp/requirements.txt \
     && pip install --no-cache-dir --constraint requirements.lock -r /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 
