@@ -202,7 +202,7 @@ def last_state(run_dir):
     return torch.load(path, weights_only=True)
 
 
-TIMES = {"images_per_s", "store_wait_s"}
+TIMES = {"images_per_s", "train_s", "data_wait_s", "store_wait_s"}
 
 
 def assert_same_run(run_dir, reference):

@@ -44,7 +44,6 @@ def look(path: bytes, decode: bool) -> tuple[int, int, int, str]:
 
 def serve() -> None:
     """Answer until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None  # a huge image is an image

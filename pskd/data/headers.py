@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -67,8 +67,8 @@ def read_headers(
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(count))
         for _ in range(count):
-            worker = stack.enter_context(_start())
-            stack.callback(worker.kill)
+            worker = _start()
+            stack.callback(_end, worker)
             idle.put(worker)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # the first on the way out
         for start, answer in zip(starts, pool.map(ask, starts), strict=True):
@@ -86,7 +86,19 @@ def read_headers(
 def _start() -> subprocess.Popen[bytes]:
     # -P: the folder of the program is not searched for modules.
     command = [sys.executable, "-P", str(_PROGRAM)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # Ctrl-C is for the parent to handle: a terminal sends it to the process group.
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, process_group=0)
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """Also in the middle of a question: what it did not take does not replace the reason."""
+    worker.kill()
+    for pipe in (worker.stdout, worker.stdin):
+        assert pipe is not None
+        with suppress(BrokenPipeError):
+            pipe.close()
+    worker.wait()
 
 
 def _ask(
