@@ -7,24 +7,31 @@ import sys
 from pathlib import Path
 
 from pskd import launch
+from pskd.doctor import command as doctor_command
 from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, AgreedError, PskdError
 from pskd.health import STALE_S, check
-from pskd.report import inspection_command
+from pskd.report import evaluate_command, inspect_command
 
-_RESAMPLES = 1000
+# Their modules import what takes long only when they run.
+_TAKE_SETTINGS = {
+    "evaluate": (evaluate_command, "the measures of a network, or of logits"),
+    "inspect": (inspect_command, "what past predictions say of the data"),
+    "doctor": (doctor_command, "whether this machine, or all nodes together, can train"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Of several ranks, one says why they fail."""
-    if launch.is_launched():
-        launch.die_with_launcher()
+    launched = launch.is_launched()
+    if launched:
+        launch.die_with_launcher()  # first of all: imports take seconds, and a launcher can die
     words, settings = _split_settings(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     arguments, unknown = parser.parse_known_args(words)
-    if unknown and arguments.run_command is not _doctor:
+    if unknown and arguments.command != "doctor":
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if settings and arguments.run_command not in (_doctor, _evaluate, _inspect):
-        parser.error(f"only doctor, evaluate and inspect take settings such as {settings[0]}")
+    if settings and arguments.command not in _TAKE_SETTINGS:
+        parser.error(f"only {', '.join(_TAKE_SETTINGS)} take settings such as {settings[0]}")
     arguments.settings = [*unknown, *settings]
     try:
         code = arguments.run_command(arguments)
@@ -39,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             sys.stderr.write(f"error: {error}\n")
             sys.stderr.flush()
+        if launched:
+            os._exit(EXIT_FAILED)  # groups whose peers are gone may abort an orderly end
         return EXIT_FAILED
     return EXIT_COMPLETE if code is None else int(code)
 
@@ -59,8 +68,7 @@ def _split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pskd", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_evaluate(commands.add_parser("evaluate", help="the measures of a network, or of logits"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_report(commands.add_parser("report", help="a run as a page with figures"))
     _add_compare(commands.add_parser("compare", help="complete runs side by side"))
     recipes = commands.add_parser("recipes", help="the recipes, with what was published")
@@ -75,22 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands.add_parser("export", help="a run's network for other programs"))
     _add_import(commands.add_parser("import", help="weights of public code for this program"))
     _add_index(commands.add_parser("index", help="look at a folder of images, once"))
-    _add_doctor(
-        commands.add_parser(
-            "doctor",
-            help="whether this machine, or all nodes together, can train",
-            usage="%(prog)s [--master ADDRESS[:PORT]] [--timeout S] [flags of train.py]",
-            description="Says on one page whether this machine can run a training, and what to do "
-            "where it cannot. Takes the flags of train.py; changes nothing. On all nodes together: "
-            "torchrun ... -m pskd.cli doctor ..., or torchrun ... --no-python pskd doctor ...; "
-            "`deepspeed --module` as well.",
-            allow_abbrev=False,
-        )
-    )
     _add_health(commands.add_parser("health", help="whether a run is alive: exit code 0 or 1"))
-    inspect = commands.add_parser("inspect", help="what past predictions say of the data")
-    inspection_command.add_arguments(inspect)
-    inspect.set_defaults(run_command=_inspect)
+    for name, (module, text) in _TAKE_SETTINGS.items():
+        command = commands.add_parser(name, help=text)
+        module.add_arguments(command)
+        command.set_defaults(run_command=module.run)
     store = commands.add_parser("store", help="the past predictions of a run")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     for name, run, text in (
@@ -139,48 +136,6 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     )
     _add_bins(compare)
     compare.set_defaults(run_command=_compare)
-
-
-def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.description = (
-        "On the run's own validation data, or on those that --data.name, --data.root and the like "
-        "say, as for train.py; alone or under torchrun."
-    )
-    evaluate.add_argument(
-        "source", nargs="?", type=Path, metavar="RUN | FILE.pth", help="a run, or an export of ours"
-    )
-    evaluate.add_argument("--model", metavar="NAME", help="the network of foreign --weights")
-    evaluate.add_argument(
-        "--weights",
-        metavar="last | best | FILE.pth",
-        help="of which epoch (default: last); with --model, a state dict",
-    )
-    evaluate.add_argument(
-        "--logits",
-        type=Path,
-        metavar="FILE.npz",
-        help="no network, but arrays `logits` (N, C) and `labels` (N,)",
-    )
-    evaluate.add_argument("--bins", type=int, help="bins of the ECE (default: the run's, or 10)")
-    evaluate.add_argument(
-        "--bootstrap",
-        type=int,
-        metavar="B",
-        help=f"resamples for 95 %% intervals (default: {_RESAMPLES}; 0 with --json)",
-    )
-    evaluate.add_argument(
-        "--fit-on",
-        metavar="held-out | SHARE",
-        help="fit a temperature on the samples that the run held out, or on a share of other data",
-    )
-    evaluate.add_argument(
-        "--fit", type=Path, metavar="FILE.npz", help="or on these logits and labels"
-    )
-    evaluate.add_argument(
-        "--output", type=Path, metavar="FILE.npz", help="write logits (float32) and labels"
-    )
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object only")
-    evaluate.set_defaults(run_command=_evaluate)
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
@@ -253,23 +208,6 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     index.set_defaults(run_command=_index)
 
 
-def _add_doctor(doctor: argparse.ArgumentParser) -> None:
-    doctor.add_argument(
-        "--master",
-        metavar="ADDRESS[:PORT]",
-        help="without a launcher: look whether this node reaches the master of a coming one "
-        "(default port: 29500)",
-    )
-    doctor.add_argument(
-        "--timeout",
-        type=int,
-        default=60,
-        metavar="S",
-        help="seconds after which other ranks count as out of reach (default: 60)",
-    )
-    doctor.set_defaults(run_command=_doctor)
-
-
 def _add_health(health: argparse.ArgumentParser) -> None:
     health.add_argument(
         "run",
@@ -286,72 +224,6 @@ def _add_health(health: argparse.ArgumentParser) -> None:
         help=f"how old its heartbeat may be, in seconds (default: {STALE_S:g})",
     )
     health.set_defaults(run_command=_health)
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    _check_one_source(arguments)
-    from pskd.evaluate import Request, evaluate  # noqa: PLC0415
-    from pskd.report.evaluation import as_json, table  # noqa: PLC0415
-    from pskd.subject import Source  # noqa: PLC0415
-
-    source = None
-    if arguments.logits is None:
-        foreign = arguments.model is not None
-        path = Path(arguments.weights) if foreign else arguments.source
-        source = Source(path, arguments.weights or "last", arguments.model)
-    resamples = arguments.bootstrap
-    if resamples is None:  # as JSON the measures alone, unless more is asked for
-        resamples = 0 if arguments.json else _RESAMPLES
-    request = Request(
-        source=source,
-        logits=arguments.logits,
-        flags=arguments.settings,
-        bins=arguments.bins,
-        resamples=resamples,
-        fit_on=arguments.fit_on,
-        fit=arguments.fit,
-        output=arguments.output,
-    )
-    figures = evaluate(request)
-    if figures is not None:
-        print((as_json if arguments.json else table)(figures))
-
-
-def _check_one_source(arguments: argparse.Namespace) -> None:
-    """One network or file, and nothing that it leaves without effect."""
-    named = [
-        text
-        for text, value in (
-            ("RUN | FILE.pth", arguments.source),
-            ("--model NAME --weights FILE.pth", arguments.model),
-            ("--logits FILE.npz", arguments.logits),
-        )
-        if value is not None
-    ]
-    if len(named) != 1:
-        what = f"{' and '.join(named)} are" if named else "nothing is"
-        raise PskdError(
-            f"{what} named: pskd evaluate takes one of RUN, FILE.pth, --model NAME --weights "
-            "FILE.pth, or --logits FILE.npz."
-        )
-    if arguments.logits is not None:
-        for flag, value in (("--weights", arguments.weights), ("--output", arguments.output)):
-            if value is not None:
-                raise PskdError(f"{flag} {value} means nothing with --logits: leave it out.")
-        if arguments.settings:
-            raise PskdError(f"{arguments.settings[0]} means nothing with --logits: leave it out.")
-    elif arguments.model is not None:
-        if arguments.weights in (None, "last", "best"):
-            raise PskdError(f"--model {arguments.model} needs its weights: --weights FILE.pth.")
-    elif arguments.weights not in (None, "last", "best"):
-        raise PskdError(
-            f"--weights {arguments.weights}: use last or best, or name the network with --model."
-        )
-    elif arguments.weights is not None and not arguments.source.is_dir():
-        raise PskdError(
-            f"--weights {arguments.weights} chooses an epoch of a run, and {arguments.source} is "
-            "no directory: leave it out."
-        )
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -424,24 +296,11 @@ def _index(arguments: argparse.Namespace) -> None:
         print(report)
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
-    from pskd.doctor.command import run  # noqa: PLC0415
-
-    return run(arguments.settings, arguments.master, arguments.timeout)
-
-
 def _health(arguments: argparse.Namespace) -> None:
     run = arguments.run or os.environ.get("PSKD_RUN_DIR")
     if not run:
         raise PskdError("pskd health needs RUN, a run directory, or PSKD_RUN_DIR.")
     print(check(Path(run), arguments.stale_s))
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    found = inspection_command.inspect(
-        arguments.run, arguments.settings, arguments.output, arguments.top
-    )
-    print(found)
 
 
 def _store_info(arguments: argparse.Namespace) -> None:

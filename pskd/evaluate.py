@@ -18,12 +18,12 @@ from pskd.config import Config
 from pskd.data.sections import DataSection
 from pskd.errors import PskdError
 from pskd.failure import is_lost_peer, is_out_of_memory
-from pskd.figures import Figures, Predictions, figures, read, split
 from pskd.files import write_atomically
 from pskd.inference import choose_kernels
 from pskd.loading import AnyCatalog, loader
 from pskd.loading import read as read_samples
 from pskd.order import validation_ranges
+from pskd.predictions import Figures, Predictions, figures, read, split
 from pskd.subject import (
     Settings,
     Source,

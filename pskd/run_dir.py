@@ -41,6 +41,8 @@ HEARTBEAT_S = 5.0
 
 log = logging.getLogger("pskd")
 
+Sections = Mapping[str, Mapping[str, Any]]
+
 
 class Start(NamedTuple):
     """number: of this start of the run, from 0. run: the run's name. changes: of facts since."""
@@ -301,6 +303,29 @@ def fail(path: Path, start: int, reason: str) -> str | None:
         except OSError:  # a full disk: there is no room for a second file, but in the old one
             (path / "status.json").write_text(json.dumps(failed))
         return None
+
+
+def saved_settings(run: Path) -> Sections:
+    """The sections of config.yaml.
+
+    Raises:
+        PskdError: there is none, or it is damaged.
+    """
+    path = run / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise PskdError(
+            f"{run} is no run directory ({error.strerror}: config.yaml). Name one that training "
+            "has made."
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise PskdError(f"{path} cannot be read: {error}. Restore it.") from error
+    whole = isinstance(settings, dict) and isinstance(settings.get("run"), dict)
+    if not whole or not all(isinstance(section, dict) for section in settings.values()):
+        raise PskdError(f"{path} holds no sections of a run's configuration. Restore it.")
+    sections: Sections = settings
+    return sections
 
 
 def _of_the_run(settings: dict[str, Any]) -> dict[str, Any]:

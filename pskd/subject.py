@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from pskd import command_line, deepspeed_config, models
@@ -20,10 +19,11 @@ from pskd.data.catalog import FOLDER, Catalog
 from pskd.data.sections import DataSection
 from pskd.errors import PskdError
 from pskd.export import facts_of, public_network
-from pskd.fields import known, require
+from pskd.fields import known
 from pskd.inference import Inference
 from pskd.loading import AnyCatalog
 from pskd.models.probe import check_takes
+from pskd.run_dir import saved_settings
 from pskd.weights import difference, head_of, weights_for
 
 log = logging.getLogger("pskd")
@@ -100,7 +100,7 @@ def settings(source: Source, flags: list[str]) -> Settings:
             f"{source}: the data to evaluate it on are not known. Name them as for train.py: "
             f"--data.name NAME [--data.root DIR]; {FOLDER} is a folder of images."
         )
-    saved = {} if run is None else _saved(run)
+    saved = {} if run is None else dict(saved_settings(run))
     own_data = dict(saved.get("data", {}))
     own = run is not None and all(
         given.get(f"data.{key}", own_data.get(key)) == own_data.get(key) for key in ("name", "root")
@@ -199,20 +199,8 @@ def _check_exists(source: Source) -> None:
     path = source.path
     if not path.exists():
         raise PskdError(f"{path}: no such run or file of weights.")
-    if path.is_dir() and not (path / "config.yaml").is_file():
-        raise PskdError(
-            f"{path} is no run directory (it has no config.yaml). Name a run, a file of `pskd "
-            "export`, or --model NAME --weights FILE.pth."
-        )
-
-
-def _saved(run: Path) -> dict[str, Any]:
-    try:
-        saved = dict(yaml.safe_load((run / "config.yaml").read_text()))
-        require(isinstance(saved.get("data"), dict), "data", saved.get("data"), "is no section.")
-    except (OSError, TypeError, ValueError, yaml.YAMLError, PskdError) as error:
-        raise PskdError(f"{run / 'config.yaml'} cannot be read: {error}.") from error
-    return saved
+    if path.is_dir():
+        saved_settings(path)
 
 
 def _of_run(source: Source, config: Config) -> Subject:

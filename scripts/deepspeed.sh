@@ -21,8 +21,7 @@
 # that starts the others; with --no-ssh on each.
 set -euo pipefail
 
-usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
-refuse() { echo "error: $1" >&2; exit 2; }
+source "$(dirname "$0")/common.sh"
 
 processes="" hostfile="" ssh_port="" no_ssh="" node_rank="" master=""
 [ $# -gt 0 ] || { usage; exit 2; }
@@ -39,17 +38,13 @@ while [ $# -gt 0 ]; do
     printf -v "${name//-/_}" %s "$2"
     shift 2
 done
-case " $*" in *" --run.dir"*) ;; *) refuse "the flags need --run.dir DIR: all nodes and restarts must agree on it." ;; esac
+[ -n "$(run_dir_of "$@")" ] || refuse "the flags need --run.dir DIR: all nodes and restarts must agree on it."
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-bin=${PSKD_BIN:-$here/.venv/bin}
-[ -x "$bin/deepspeed" ] || refuse "$bin/deepspeed is missing: run scripts/setup.sh, or name the environment's bin with PSKD_BIN."
+environment deepspeed
 start=("$bin/deepspeed" --quiet)
 if [ -z "$hostfile" ]; then
     [ -z "$no_ssh$node_rank$ssh_port$master" ] || refuse "--no-ssh, --node-rank, --ssh-port and --master need --hostfile FILE."
-    if [ -z "$processes" ]; then
-        processes=$("$bin/python" -c 'import torch; print(torch.cuda.device_count() or 2)')
-    fi
+    [ -n "$processes" ] || processes=$(processes_of_node)
     start+=(--num_gpus "$processes") # also of processes without a GPU
 else
     [ -z "$processes" ] || refuse "the hostfile says how many processes a node has: leave --processes out."

@@ -19,8 +19,7 @@
 # to its options. `DOCKER_OPTIONS=-d` trains in the background.
 set -euo pipefail
 
-usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
-refuse() { echo "error: $1" >&2; exit 2; }
+source "$(dirname "$0")/common.sh"
 
 image=pskd runs=runs data="" print="" loop=scripts/run_until_done.sh launch=() many=""
 [ $# -gt 0 ] || { usage; exit 2; }
@@ -42,14 +41,7 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || refuse "there is no --, and behind it flags of train.py. See $0 --help."
 
-run=""
-for ((i = 2; i <= $#; i++)); do
-    next=$((i + 1))
-    case ${!i} in
-        --run.dir=*) run=${!i#*=} ;;
-        --run.dir) run=${!next:-} ;;
-    esac
-done
+run=$(run_dir_of "$@")
 case $run in
     "") refuse "the flags need --run.dir runs/NAME: all nodes and restarts must agree on it." ;;
     *..*) refuse "--run.dir $run: a path without .. is needed." ;;

@@ -14,10 +14,8 @@
 # and, for many nodes, what scripts/torchrun.sh and scripts/deepspeed.sh take: --nodes, --node-rank,
 # --master, --rendezvous, --id; --hostfile, --ssh-port.
 set -euo pipefail
+source "$(dirname "$0")/common.sh"
 cd "$(dirname "$0")/.."
-
-usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
-refuse() { echo "error: $1" >&2; exit 2; }
 
 [ $# -gt 0 ] || { usage; exit 2; }
 case $1 in -h|--help) usage; exit 0 ;; esac

@@ -12,14 +12,9 @@
 set -uo pipefail
 set -m # a process group for the command: signals reach it once, and nothing of it is left behind
 
-run=
-for ((i = 1; i <= $#; i++)); do
-    next=$((i + 1))
-    case ${!i} in
-    --run.dir=*) run=${!i#*=} ;;
-    --run.dir) run=${!next:-} ;;
-    esac
-done
+source "$(dirname "$0")/common.sh"
+
+run=$(run_dir_of "$@")
 [ -n "$run" ] || { echo "error: the command needs --run.dir DIR: the run is resumed there" >&2; exit 1; }
 
 look() { # sets starts, state, newest (checkpoint), of (the start that wrote the state), age (s), reason
@@ -44,7 +39,7 @@ PYTHON
 }
 
 watch() { # $1: a process group that should have ended, or made progress. No launcher sees a stopped rank.
-    while sleep 2; do
+    while sleep 10; do
         look
         { [ "$starts" -gt "$before" ] && [ "$of" -eq $((starts - 1)) ]; } || continue # of an earlier start
         local patience=${END_S:-60}

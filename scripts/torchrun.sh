@@ -18,8 +18,7 @@
 # A run that shall survive faults: scripts/run_until_done.sh scripts/torchrun.sh ..., on each node.
 set -euo pipefail
 
-usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
-refuse() { echo "error: $1" >&2; exit 2; }
+source "$(dirname "$0")/common.sh"
 
 nodes=1 node_rank="" master="" processes="" rendezvous=static id=pskd program=""
 [ $# -gt 0 ] || { usage; exit 2; }
@@ -36,14 +35,10 @@ while [ $# -gt 0 ]; do
     printf -v "${name//-/_}" %s "$2"
     shift 2
 done
-case " $*" in *" --run.dir"*) ;; *) refuse "the flags need --run.dir DIR: all nodes and restarts must agree on it." ;; esac
+[ -n "$(run_dir_of "$@")" ] || refuse "the flags need --run.dir DIR: all nodes and restarts must agree on it."
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-bin=${PSKD_BIN:-$here/.venv/bin}
-[ -x "$bin/torchrun" ] || refuse "$bin/torchrun is missing: run scripts/setup.sh, or name the environment's bin with PSKD_BIN."
-if [ -z "$processes" ]; then
-    processes=$("$bin/python" -c 'import torch; print(torch.cuda.device_count() or 2)')
-fi
+environment torchrun
+[ -n "$processes" ] || processes=$(processes_of_node)
 # By default it would die of SIGUSR1, which batch systems send before the time is up.
 start=("$bin/torchrun" --nproc-per-node "$processes")
 start+=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)

@@ -339,7 +339,7 @@ def test_a_command_that_cannot_be_meant_is_refused(run, capsys, words, part):
 def test_other_commands_take_no_settings(run, capsys):
     with pytest.raises(SystemExit):
         main(["export", str(run), "--data.name", "digits"])
-    refused = "only doctor, evaluate and inspect take settings such as --data.name=digits"
+    refused = "only evaluate, inspect, doctor take settings such as --data.name=digits"
     assert refused in capsys.readouterr().err
 
 

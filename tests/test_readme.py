@@ -35,7 +35,8 @@ def test_every_other_command_of_the_readme_works(tmp_path):
     others = [line for line in commands() if line.split("#")[0].strip() not in MAIN]
     assert others
     (tmp_path / "scripts").mkdir()
-    for name in ("train.py", "ds_configs", "scripts/run_until_done.sh", "scripts/torchrun.sh"):
+    scripts = [f"scripts/{name}.sh" for name in ("common", "run_until_done", "torchrun")]
+    for name in ("train.py", "ds_configs", *scripts):
         (tmp_path / name).symlink_to(ROOT / name)
     table = tmp_path / "scripts" / "reproduce.sh"  # it works in the folder where it lies
     table.write_text(f'exec {ROOT}/scripts/reproduce.sh "$@"')

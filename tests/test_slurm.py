@@ -226,6 +226,21 @@ def test_a_job_that_is_interrupted_finishes_the_run(cluster, tmp_path, undisturb
     wait_for_no_process(run_dir)
 
 
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    job = cluster.submit(run_dir)
+    log = tmp_path / f"job-{job}.log"
+    wait_for_checkpoint(run_dir, lambda: cluster.logs() + log.read_text())
+    cluster.ask("scancel", job)
+    wait_until(lambda: status(run_dir)["state"] == "stopped", log.read_text)
+    wait_for_no_process(run_dir)
+    time.sleep(12)  # longer than a job that is queued again has to wait
+    assert cluster.state(job) == "CANCELLED", log.read_text()
+    again = cluster.submit(run_dir)  # by hand it goes on
+    assert cluster.wait(again, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
+    assert result(run_dir)["weights_sha256"] == undisturbed
+
+
 def test_a_run_that_cannot_begin_is_not_queued_again(cluster, tmp_path):
     run_dir = tmp_path / "run"
     job = cluster.submit(run_dir, flags=("--recipe=digits-pskd", "--optimizer.lrr=1"))

@@ -1,40 +1,56 @@
 """`pskd doctor`: from its arguments to its exit code. Imports no torch before they are accepted."""
 
-import os
-import sys
+import argparse
 
-from pskd import command_line, launch
-from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, AgreedError, PskdError
+from pskd import launch
+from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, PskdError
 
 _TORCHRUN_PORT = 29500
 
 
-def run(argv: list[str], master: str | None, timeout_s: int) -> int:
-    """Look, and print; returns the exit code. argv: flags of train.py."""
-    launched = launch.is_launched()
-    if launched:
-        launch.die_with_launcher()  # first of all: imports take seconds, and a launcher can die
-    try:
-        if timeout_s < 1:
-            raise PskdError(f"--timeout {timeout_s}: use 1 second or more.")
-        if master is not None and launched:
-            raise PskdError(f"--master {master} is for a start without a launcher: leave it out.")
-        where = None if master is None else _split(master)
-        config = command_line.load(argv)
-        from pskd.doctor.checks import Master, check  # noqa: PLC0415  (torch, DeepSpeed: 5 s)
+def add_arguments(doctor: argparse.ArgumentParser) -> None:
+    """To the command's parser; flags of train.py are taken apart before."""
+    doctor.usage = "%(prog)s [--master ADDRESS[:PORT]] [--timeout S] [flags of train.py]"
+    doctor.description = (
+        "Says on one page whether this machine can run a training, and what to do where it cannot. "
+        "Takes the flags of train.py; changes nothing. On all nodes together: scripts/torchrun.sh "
+        "--doctor, torchrun ... -m pskd.cli doctor ..., or torchrun ... --no-python pskd doctor "
+        "...; `deepspeed --module` as well."
+    )
+    doctor.allow_abbrev = False
+    doctor.add_argument(
+        "--master",
+        metavar="ADDRESS[:PORT]",
+        help="without a launcher: look whether this node reaches the master of a coming one "
+        "(default port: 29500)",
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=int,
+        default=60,
+        metavar="S",
+        help="seconds after which other ranks count as out of reach (default: 60)",
+    )
 
-        ready = check(config, None if where is None else Master(*where), timeout_s)
-    except PskdError as error:
-        # A node's ranks meet the same: its first one speaks.
-        speaker = launch.rank() if isinstance(error, AgreedError) else launch.local_rank()
-        if speaker > 0:
-            launch.leave_the_last_word()
-        else:
-            sys.stderr.write(f"error: {error}\n")
-            sys.stderr.flush()
-        if launched:
-            os._exit(EXIT_FAILED)  # groups whose peers are gone may abort an orderly end
-        return EXIT_FAILED
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look, and print; returns the exit code. settings: flags of train.py.
+
+    Raises:
+        PskdError: a flag that cannot be, or ranks that do not come together.
+    """
+    master, timeout_s = arguments.master, arguments.timeout
+    if timeout_s < 1:
+        raise PskdError(f"--timeout {timeout_s}: use 1 second or more.")
+    if master is not None and launch.is_launched():
+        raise PskdError(f"--master {master} is for a start without a launcher: leave it out.")
+    where = None if master is None else _split(master)
+    from pskd import command_line  # noqa: PLC0415
+
+    config = command_line.load(arguments.settings)
+    from pskd.doctor.checks import Master, check  # noqa: PLC0415  (torch, DeepSpeed: 5 s)
+
+    ready = check(config, None if where is None else Master(*where), timeout_s)
     return EXIT_COMPLETE if ready else EXIT_FAILED
 
 

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from pskd import command_line
 from pskd.config import Config
 from pskd.errors import PskdError
 from pskd.loading import AnyCatalog, catalog_of
-from pskd.run_dir import RunDir
+from pskd.run_dir import RunDir, saved_settings
 from pskd.store.generation import Generation, finished_epochs, generation_name, open_generation
 
 _READ = ("data.root", "data.index_path", "data.val_index_path")
@@ -45,7 +43,7 @@ def open_run(run: Path, flags: list[str]) -> Source:
         key = flag.removeprefix("--").partition("=")[0]
         if key not in _READ:
             raise PskdError(f"--{key}: `pskd inspect` does not read it, only {', '.join(_READ)}.")
-    config = command_line.over(f"{run}/config.yaml", _saved(run), flags)
+    config = command_line.over(f"{run}/config.yaml", dict(saved_settings(run)), flags)
     store = RunDir(run).store
     epochs = finished_epochs(store)
     if not epochs:
@@ -62,16 +60,6 @@ def open_run(run: Path, flags: list[str]) -> Source:
     for past in pasts:
         _check_same(run, catalog, past)
     return Source(run, config, catalog, last, pasts[0] if len(pasts) > 1 else None)
-
-
-def _saved(run: Path) -> dict[str, Any]:
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise PskdError(f"{run} is no run directory (it has no config.yaml). Name a run.")
-    try:
-        return dict(yaml.safe_load(path.read_text()))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise PskdError(f"{path} cannot be read: {error}.") from error
 
 
 def _no_predictions(run: Path, config: Config) -> PskdError:

@@ -8,8 +8,9 @@ from typing import Any
 
 from pskd import recipe
 from pskd.errors import PskdError
-from pskd.report.origin import described, published, saved_settings
+from pskd.report.origin import described, published
 from pskd.report.table import MEASURE_COLUMNS, Table
+from pskd.run_dir import saved_settings
 
 
 def comparison(runs: Sequence[Path]) -> Table:

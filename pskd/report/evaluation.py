@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 from pskd.bootstrap import SEED
-from pskd.figures import Figures, Part
 from pskd.metrics import MEASURES
+from pskd.predictions import Figures, Part
 from pskd.report.table import MEASURE_COLUMNS, markdown
 
 _COLUMNS = (*MEASURE_COLUMNS, ("E-AURC x1000", "eaurc", 2))

@@ -13,7 +13,8 @@ import torch
 
 from pskd.errors import PskdError
 from pskd.metrics import Records
-from pskd.report.origin import Sections, described, saved_settings
+from pskd.report.origin import described
+from pskd.run_dir import Sections, saved_settings
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 

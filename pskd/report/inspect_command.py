@@ -21,23 +21,20 @@ def add_arguments(inspect: argparse.ArgumentParser) -> None:
     )
 
 
-def inspect(run: Path, settings: list[str], output: Path | None, top: int) -> str:
-    """Write the files; returns what is printed.
-
-    settings: where the data are now, see `open_run`. output: None: RUN/inspect. top: so many of
-    each list are printed.
+def run(arguments: argparse.Namespace) -> None:
+    """Write the files; print what was found. settings: where the data are now, see `open_run`.
 
     Raises:
         PskdError: nothing to look at, with the reason; files cannot be written.
     """
-    if top < 1:
-        raise PskdError(f"--top is {top}: use 1 or more.")
+    if arguments.top < 1:
+        raise PskdError(f"--top is {arguments.top}: use 1 or more.")
     from pskd.inspection.findings import find  # noqa: PLC0415
     from pskd.inspection.source import open_run  # noqa: PLC0415
     from pskd.report.inspection import text, write  # noqa: PLC0415
     from pskd.report.inspection_page import inspection_page  # noqa: PLC0415
 
-    findings = find(open_run(run, settings))
-    place = output or run / "inspect"
-    write(findings, place, top, inspection_page(findings, top))
-    return f"{text(findings, top)}\n\nThe page: {place / 'index.html'}; tables beside it."
+    findings = find(open_run(arguments.run, arguments.settings))
+    place = arguments.output or arguments.run / "inspect"
+    write(findings, place, arguments.top, inspection_page(findings, arguments.top))
+    print(f"{text(findings, arguments.top)}\n\nThe page: {place / 'index.html'}; tables beside it.")
