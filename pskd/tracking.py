@@ -1,14 +1,13 @@
 """The lines of metrics.jsonl for other programs: CSV, TensorBoard, Weights & Biases.
 
-metrics.jsonl is the truth. A start writes CSV and TensorBoard anew from the history, so that they
-too hold exactly one line an epoch, whatever was killed. Weights & Biases only grows: a start goes
-on in the same run, by the run's name, with the epochs that it does not have.
+metrics.jsonl is the truth. A start writes all of them anew from the history, so that they too hold
+exactly one line an epoch, whatever was killed. Only a server of Weights & Biases keeps what it has:
+a start goes on in the same run there, by the run's name, with the epochs that it lacks.
 """
 
 import csv
 import importlib.util
 import io
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,8 +128,9 @@ class _Wandb:
     ) -> None:
         import wandb  # noqa: PLC0415  (an optional package)
 
-        self._sent = run_dir / "wandb" / "sent.json"  # epochs that it has got
-        self._sent.parent.mkdir(exist_ok=True)
+        if section.wandb == "offline":  # a kill may have cut them off, or lost them altogether
+            for earlier in run_dir.glob("wandb/offline-run-*"):
+                shutil.rmtree(earlier)
         try:
             self._run = wandb.init(
                 dir=run_dir,
@@ -149,13 +149,11 @@ class _Wandb:
             ) from error
 
     def begin(self, lines: list[Line]) -> None:
-        sent = json.loads(self._sent.read_text()) if self._sent.exists() else 0
-        for line in lines[sent:]:
+        for line in lines[self._run.step :]:  # offline: 0; else what follows the server's last
             self.add(line)
 
     def add(self, line: Line) -> None:
         self._run.log(_numbers(line), step=line["epoch"])
-        write_atomically(self._sent, json.dumps(line["epoch"] + 1).encode())
 
     def close(self) -> None:
         self._run.finish()

@@ -6,7 +6,7 @@
 # Ends with 0 when DIR/status.json says complete. Gives up with 1, and the reason, when TRIES starts
 # in a row (default 3) ended without a newer checkpoint, or when the command never began a run.
 # A command that does not end END_S seconds (default 60) after its run, or whose run gives no sign of life
-# for STALE_S (1800; more than run.timeout_s), is ended: no launcher notices a rank that hangs.
+# for STALE_S (900; more than run.timeout_s), is ended: no launcher notices a rank that hangs.
 # SIGTERM, SIGINT and SIGUSR1 are passed on to the command, and end the loop: with 75 if the run can be
 # resumed.
 set -uo pipefail
@@ -43,7 +43,7 @@ watch() { # $1: a process group that should have ended, or made progress. No lau
         look
         { [ "$starts" -gt "$before" ] && [ "$of" -eq $((starts - 1)) ]; } || continue # of an earlier start
         local patience=${END_S:-60}
-        [ "$state" != running ] || patience=${STALE_S:-1800}
+        [ "$state" != running ] || patience=${STALE_S:-900}
         if [ "$age" -gt "$patience" ]; then
             echo "ending the command: the run is $state, and its last sign of life $age s old" >&2
             kill -TERM -- -"$1"

@@ -457,10 +457,9 @@ def test_a_page_escapes_its_texts_and_keeps_drawings_apart():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 def test_a_browser_shows_the_pages_without_errors(runs, tmp_path):
     browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("needs Debian's chromium")
     assert main(["report", str(runs / "pskd"), "--output", str(tmp_path)]) == 0
     both = [str(runs / "baseline"), str(runs / "pskd")]
     assert main(["compare", *both, "--html", str(tmp_path / "compare.html")]) == 0

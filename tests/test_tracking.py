@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import struct
 import sys
 
 import pytest
@@ -40,6 +41,29 @@ def without_none(line):
     return {key: value for key, value in line.items() if value is not None}
 
 
+def sent(path):
+    """Epochs in a file of Weights & Biases: LevelDB's log of protobuf records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, found, record, at = path.read_bytes(), [], b"", 7  # behind the file's header
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        if kind == 0:
+            break
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            parsed = Record.FromString(record)
+            record = b""
+            if parsed.HasField("history"):
+                found.append(parsed.history.step.num)
+    return found
+
+
 def assert_all_have_all(run_dir):
     lines = [without_none(line) for line in metrics(run_dir)]
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
@@ -65,9 +89,10 @@ def test_killed_and_resumed_each_has_every_epoch_once(tmp_path):
     again = train(run_dir)
     assert again.process.returncode == 0, again.output()
     assert_all_have_all(run_dir)
-    starts = sorted((run_dir / "wandb").glob("offline-run-*"))
-    assert len({path.name.split("-")[-1] for path in starts}) == 1, "one run, begun twice"
-    assert json.loads((run_dir / "wandb" / "sent.json").read_text()) == 4
+    (written,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    assert sent(written) == [0, 1, 2, 3]
+    name = json.loads((run_dir / "env.json").read_text())[0]["run"]
+    assert written.name == f"run-{name}.wandb", "one run there for one here"
     wait_for_no_process(run_dir)
     assert not processes_of(run_dir)
 

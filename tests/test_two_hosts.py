@@ -86,13 +86,16 @@ def hosts():
 
 
 class Launch:
-    """A command on each of the two hosts."""
+    """A line of the README, on the hosts that it is for. line: a part of it. options: besides."""
 
-    on = (0, 1)  # the hosts that it is started on
-
-    def __init__(self, hosts, run_dir, flags, private=False, before=()):
+    def __init__(self, hosts, run_dir, flags, private=False, before=(), *, line, options=()):
+        block = re.search(r"```sh two-nodes\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        (text,) = [found for found in block[1].splitlines() if line in found]
+        on = (0,) if "alone" in text else (0, 1)
         self.hosts, self.run_dir = hosts, run_dir
-        self.logs = [run_dir.with_name(f"host-{host}.log") for host in self.on]
+        self.logs = [run_dir.with_name(f"host-{host}.log") for host in on]
+        hostfile = run_dir.with_name("hostfile")
+        hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
         environment = {
             **os.environ,
             "PSKD_BIN": str(Path(sys.executable).parent),
@@ -100,8 +103,11 @@ class Launch:
             "STALE_S": "25",
         }
         self.processes = []
-        for host, log in zip(self.on, self.logs, strict=True):
-            command = [*before, *self.command(host), "--run.dir", str(run_dir), *flags]
+        for host, log in zip(on, self.logs, strict=True):
+            own = {"R": str(host), "node0": f"{ADDRESSES[0]}:29511", "hosts": str(hostfile)}
+            script, *words = [own.get(word, word) for word in shlex.split(text, comments=True)]
+            launch = [str(ROOT / script), *options, *words[: words.index("--") + 1]]
+            command = [*before, *launch, "--run.dir", str(run_dir), *flags]
             with log.open("a") as file:
                 self.processes.append(
                     subprocess.Popen(
@@ -113,9 +119,6 @@ class Launch:
                     )
                 )
 
-    def command(self, host):
-        raise NotImplementedError
-
     def wait(self):
         return [process.wait(DEADLINE_S) for process in self.processes]
 
@@ -123,30 +126,10 @@ class Launch:
         return "\n".join(log.read_text() for log in self.logs)
 
 
-class Documented(Launch):
-    """A line of the README. options: that it gets besides."""
-
-    def __init__(self, hosts, run_dir, flags, private=False, before=(), line="", options=()):
-        block = re.search(r"```sh two-nodes\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-        (text,) = [found for found in block[1].splitlines() if line in found]
-        self._words = shlex.split(text, comments=True)
-        self._options = options
-        self._hostfile = run_dir.with_name("hostfile")
-        self._hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-        if "alone" in text:
-            self.on = (0,)
-        super().__init__(hosts, run_dir, flags, private, before)
-
-    def command(self, host):
-        own = {"R": str(host), "node0": f"{ADDRESSES[0]}:29511", "hosts": str(self._hostfile)}
-        script, *words = [own.get(word, word) for word in self._words]
-        return [str(ROOT / script), *self._options, *words[: words.index("--") + 1]]
-
-
-Static = partial(Documented, line="--master node0 --node-rank", options=("--processes", "1"))
-C10d = partial(Documented, line="c10d", options=("--processes", "1"))
-NoSsh = partial(Documented, line="--no-ssh")
-Pdsh = partial(Documented, line="--hostfile hosts -- ", options=("--ssh-port", str(SSH_PORT)))
+Static = partial(Launch, line="--master node0 --node-rank", options=("--processes", "1"))
+C10d = partial(Launch, line="c10d", options=("--processes", "1"))
+NoSsh = partial(Launch, line="--no-ssh")
+Pdsh = partial(Launch, line="--hostfile hosts -- ", options=("--ssh-port", str(SSH_PORT)))
 NAMES = {"static": Static, "c10d": C10d, "no-ssh": NoSsh}
 
 
@@ -218,7 +201,7 @@ def test_a_fault_ends_both_hosts_and_the_run_goes_on_to_the_same_weights(
 
 @pytest.mark.parametrize("private", [False, True], ids=["shared", "node-local"])
 @pytest.mark.parametrize("what", ["rank", "launcher", "cable", "stall"])
-@pytest.mark.parametrize("launcher", ["static", "no-ssh"])
+@pytest.mark.parametrize("launcher", NAMES)
 def test_restarted_on_both_hosts_the_run_finishes_to_the_same_weights(
     hosts, tmp_path, flags_of, on_one_host, launcher, what, private
 ):
