@@ -152,6 +152,20 @@ def test_two_hosts_train_what_one_does(
     assert len(metrics(found)) == 4
 
 
+def test_a_first_host_whose_own_name_is_loopback_is_named_by_its_address(hosts, tmp_path):
+    """As Debian writes into /etc/hosts. The launcher only shows what it is given."""
+    (tmp_path / "python").symlink_to(sys.executable)
+    (tmp_path / "deepspeed").symlink_to("/bin/echo")
+    (tmp_path / "hosts").write_text(f"localhost slots=1\n{ADDRESSES[1]} slots=1\n")
+    script = [str(ROOT / "scripts/deepspeed.sh"), "--hostfile", str(tmp_path / "hosts")]
+    command = [*script, "--no-ssh", "--node-rank", "0", "--", "--run.dir", "x"]
+    environment = {**os.environ, "PSKD_BIN": str(tmp_path)}
+    done = subprocess.run(
+        [*hosts.prefix(0), *command], env=environment, capture_output=True, text=True, check=True
+    )
+    assert f"--master_addr {ADDRESSES[0]} --master_port 29500" in done.stdout
+
+
 def in_mid_run(job, found):
     deadline = time.monotonic() + DEADLINE_S
     while not (found / "checkpoints" / "000001-00000003").exists():
