@@ -33,25 +33,27 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, images: int, loss: float) -> None:
-        """One more step is queued."""
+    def advance(self, images: int, loss: float, waits_s: dict[str, float]) -> None:
+        """One more step is queued. waits_s: for what this rank waited in the epoch, how long."""
         self._done += images
-        if self._bar is not None:
-            self._bar.set_postfix({"loss": f"{loss:.4f}", **self._constants}, refresh=False)
-            self._bar.update(images)
-            return
         now = time.monotonic()
-        if self._speaks and now - self._said >= LINE_EVERY_S:
+        shares = {what: f"{s / (now - self._start):.0%}" for what, s in waits_s.items()}
+        if self._bar is not None:
+            shown = {"loss": f"{loss:.4f}", **self._constants}
+            shown |= {f"{what} wait": share for what, share in shares.items()}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(images)
+        elif self._speaks and now - self._said >= LINE_EVERY_S:
             self._said = now
-            constants = "".join(f", {name} {value}" for name, value in self._constants.items())
             log.info(
-                "%s: %d of %d images, loss %.4f%s, %.0f images/s",
+                "%s: %d of %d images, loss %.4f%s, %.0f images/s, %s",
                 self._label,
                 self._done,
                 self._images,
                 loss,
-                constants,
+                "".join(f", {name} {value}" for name, value in self._constants.items()),
                 self._done / (now - self._start),
+                ", ".join(f"{what} wait {share}" for what, share in shares.items()),
             )
 
 

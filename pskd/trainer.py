@@ -143,7 +143,7 @@ class Trainer:
                 self._pending = trained
                 stop, due = self._stop.signal is not None, self.saver.due_by_time()
                 self._guard.submit(stop, due, trained.loss_B.sum(), len(trained.absent))
-                progress.advance(self.plan.batch_size(step), self._loss)
+                progress.advance(self.plan.batch_size(step), self._loss, self._waits_s())
                 self._beat(epoch, step + 1)
                 last = step + 1 == self.plan.steps
                 due = not last and (self._due or self.saver.due_by_step(step + 1))
@@ -273,6 +273,11 @@ class Trainer:
             for tracker in self.trackers:
                 tracker.add(line)
             self._export()
+
+    def _waits_s(self) -> dict[str, float]:
+        """Of this rank in this epoch."""
+        waits = {"data": self._data_wait_s}
+        return waits if self.store is None else {**waits, "store": self.store.waited_s}
 
     def _store_waits(self, epoch: int) -> dict[str, float]:
         """Seconds that the rank which waited longest has waited for the store's disk."""

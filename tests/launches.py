@@ -140,9 +140,9 @@ def kill(processes: list[psutil.Process]) -> None:
             continue
 
 
-def wait_for_no_process(run_dir: Path) -> None:
+def wait_for_no_process(run_dir: Path, within_s: float = 10) -> None:
     """No process of the run is left, within a generous deadline."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + within_s
     while processes_of(run_dir):
         assert time.monotonic() < deadline, f"left behind: {processes_of(run_dir)}"
         time.sleep(0.05)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from pskd import metrics
 from pskd.metrics import Accumulator, Records, measures, per_sample, summarize
@@ -173,6 +174,22 @@ def test_measures_equal_those_of_scikit_learn(many):
         share = np.bincount(place)[np.bincount(place) > 0] / len(right)
         expected = 100 * (share * np.abs(mean_right - mean_confidence)).sum()
         assert summarize(np.log(scores), labels, bins)["ece"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+@pytest.mark.parametrize("classes", [2, 5, 10])
+def test_measures_equal_those_of_torchmetrics(classes, bins):
+    """It computes in float32, and has a bin of its own for a confidence of exactly 1: none here."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = 2 * torch.randn(5000, classes, generator=generator)
+    labels = torch.randint(classes, (5000,), generator=generator)
+    found = summarize(logits, labels, bins)
+    ece = MulticlassCalibrationError(classes, n_bins=bins, norm="l1", validate_args=False)
+    assert found["ece"] == pytest.approx(100 * ece(logits.softmax(dim=1), labels).item(), abs=1e-3)
+    for k, name in ((1, "top1_error"), (5, "top5_error")):
+        if k <= classes and classes >= 5:
+            right = MulticlassAccuracy(classes, top_k=k, average="micro")(logits, labels)
+            assert found[name] == pytest.approx(100 * (1 - right.item()), abs=1e-4)
 
 
 def test_confusion_and_error_of_each_class_follow_from_the_records(many):

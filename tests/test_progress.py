@@ -4,10 +4,12 @@ import fcntl
 import logging
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 
@@ -22,13 +24,13 @@ from pskd.progress import Progress
 with Progress("epoch 1/2", 100, {{"alpha": 0.4}}) as bar:
     for _ in range(4):
         time.sleep(0.15)
-        bar.advance(25, 1.5)
+        bar.advance(25, 1.5, {{"data": 0.0, "store": 1e3}})
 """
 
 
 def on_a_terminal(level: int) -> str:
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     script = SCRIPT.format(level=level)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -43,10 +45,12 @@ def on_a_terminal(level: int) -> str:
     return shown.decode()
 
 
-def test_a_terminal_shows_a_bar_with_rate_loss_and_alpha():
+def test_a_terminal_shows_a_bar_with_rate_loss_alpha_and_waits():
     shown = on_a_terminal(logging.INFO)
     assert "epoch 1/2:" in shown
-    assert "images/s, loss=1.5000, alpha=0.4]" in shown
+    assert re.search(
+        r"images/s, loss=1\.5000, alpha=0\.4, data wait=0%, store wait=\d{5,}%\]", shown
+    )
 
 
 def test_other_ranks_show_nothing():
@@ -57,10 +61,11 @@ def test_without_a_terminal_there_are_plain_lines(monkeypatch, caplog):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     caplog.set_level(logging.INFO, "pskd")
     with Progress("epoch 1/2", 100, {"alpha": 0.4}) as bar:
-        bar.advance(25, 1.5)
+        time.sleep(0.01)
+        bar.advance(25, 1.5, {"data": 0.0})
     (line,) = caplog.messages
     assert line.startswith("epoch 1/2: 25 of 100 images, loss 1.5000, alpha 0.4, ")
-    assert line.endswith(" images/s")
+    assert line.endswith(" images/s, data wait 0%")
 
 
 MEASURED = {"top1_error": 5.0, "top5_error": 1.25, "nll": 0.5, "ece": 2.0, "aurc": 7.0}

@@ -142,6 +142,11 @@ class Store:
         if len(ids_B):
             self._appender.append(self._segment(), self._epoch, ids_B, probs_BC)
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that training has waited for reads and writes since the last call of `waits`."""
+        return self._lookahead.waits.seconds + self._appender.waits.seconds
+
     def waits(self) -> dict[str, Waits]:
         """How often and how long training has waited for reads and writes since the last call."""
         taken = {"read": self._lookahead.waits, "write": self._appender.waits}
