@@ -29,13 +29,13 @@ _OWNED = (
     "steps_per_print",
     "timers",
 )
+# How ZeRO-0's gradients travel; with any of them DeepSpeed sends them, after the backward pass.
+_TRAVEL = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")
 # Left to the user. A key that is neither owned nor here is refused: DeepSpeed would ignore it.
 _FREE = (
     "zero_optimization",
     "torch_autocast",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
+    *_TRAVEL,
     "wall_clock_breakdown",
     "memory_breakdown",
     "dump_state",
@@ -103,6 +103,11 @@ def precision(settings: dict[str, Any]) -> Precision:
 def stage(settings: dict[str, Any]) -> int:
     """ZeRO stage."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def communicates(settings: dict[str, Any]) -> bool:
+    """Whether the file says how gradients travel between the ranks."""
+    return any(key in settings for key in _TRAVEL)
 
 
 def _check(path: Path, settings: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from pskd.average import WeightAverage
 from pskd.config import EngineSection, OptimizerSection
 from pskd.errors import PskdError
 from pskd.inference import Inference, choose_kernels
+from pskd.reduction import GradientReducer
 from pskd.weights import difference
 
 
@@ -70,9 +71,20 @@ class Engine:
         self.evaluated = self.model
         if evaluate_average and self._average is not None:
             self.evaluated = self._average.module
+        self._reducer = self._overlapping(settings)
         if section.compile:
             self._engine.compile()
         self._scaler: torch.amp.GradScaler | None = self._engine.torch_autocast_z0_gradscaler
+
+    def _overlapping(self, settings: dict[str, Any]) -> GradientReducer | None:
+        """Instead of DeepSpeed's reduction, where that would only begin after the backward pass.
+
+        ZeRO has its own (overlap_comm); and who sets how gradients travel gets DeepSpeed's.
+        """
+        if self.sharded or dist.get_world_size() == 1 or deepspeed_config.communicates(settings):
+            return None
+        self._engine.enable_backward_allreduce = False
+        return GradientReducer(self.model, self._engine.data_parallel_group)
 
     def train(self) -> None:
         """BatchNorm uses and updates the statistics of the batch."""
@@ -90,8 +102,15 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._engine.backward(loss)
         whole = self._engine.is_gradient_accumulation_boundary()
+        if self._reducer is None:
+            self._engine.backward(loss)
+        else:  # it sums, so each rank brings its share of the mean
+            if whole:
+                self._reducer.arm()
+            self._engine.backward(loss / dist.get_world_size())
+            if whole:
+                self._reducer.finish()
         self._engine.step()
         if self._average is not None and whole:
             self._average.update(self.model)

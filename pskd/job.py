@@ -41,7 +41,7 @@ _OF_A_NODE = ("data.root", "data.index_path", "data.val_index_path", "run.dir", 
 def run(config: Config) -> int:
     """Train as configured; returns the exit code (0 complete, 75 stopped, 1 failed)."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    job = _Job(config)
+    job = Job(config)
     try:
         return job.run()
     except (Exception, KeyboardInterrupt) as error:
@@ -50,8 +50,8 @@ def run(config: Config) -> int:
 
 
 @dataclass
-class _Job:
-    """How far a job has come, for the report of its failure."""
+class Job:
+    """What one start does, and how far it has come, for the report of its failure."""
 
     config: Config
     rank: int = field(default_factory=launch.rank)
@@ -59,9 +59,18 @@ class _Job:
     start: int | None = None  # once the run directory has accepted this start
 
     def run(self) -> int:
-        config = self.config
-        here = world.start(config.run.timeout_s)
+        """From joining the other ranks to leaving them; returns the exit code."""
+        here = world.start(self.config.run.timeout_s)
         log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
+        trainer, position = self.prepare(here)
+        code = trainer.run(position)
+        trainer.close()
+        world.stop(here)
+        return code
+
+    def prepare(self, here: World) -> tuple[Trainer, Position]:
+        """Collective: every part of the run, brought to where it was left."""
+        config = self.config
         threads = world.set_threads(config.run.threads, here)
         compare_configurations(config, here)
         with here.together():
@@ -74,17 +83,9 @@ class _Job:
         self.path = directory.path
         start, origin = register_start(config, settings, here, directory, sites, threads)
         self.start = start.number
-        trainer, position = _prepare(
+        return _assemble(
             config, settings, here, sites, catalog, plan, model, directory, start, origin
         )
-        code = trainer.run(position)
-        for tracker in trainer.trackers:
-            tracker.close()
-        trainer.data.close()
-        if trainer.store is not None:
-            trainer.store.close()
-        world.stop(here)
-        return code
 
     def report(self, error: BaseException) -> None:
         """Say once why the job failed, in the log and in status.json."""
@@ -137,7 +138,7 @@ def deepspeed_settings(config: Config, here: World) -> dict[str, Any]:
     return settings
 
 
-def _prepare(
+def _assemble(
     config: Config,
     settings: dict[str, Any],
     here: World,

@@ -40,7 +40,7 @@ MOST_GREY = 0.1  # of the samples of an epoch: with more bad images it is the da
 
 
 @dataclass
-class _Step:
+class TrainedStep:
     """A trained step whose verdict is not known yet.
 
     ids_B: this rank's samples. strangers: places whose predictions are not remembered. absent:
@@ -79,7 +79,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._guard = Guard(self.world)
         self._stop = StopRequest()
-        self._pending: _Step | None = None
+        self._pending: TrainedStep | None = None
         self._stopping = self._due = False
         self._data_wait_s = 0.0  # in this epoch
         self._loss = float("nan")
@@ -97,20 +97,16 @@ class Trainer:
     def run(self, position: Position) -> int:
         """Train from `position` on; returns the exit code."""
         first_step = position.step
-        walk = Walk(self.plan, self.config.train.seed, self.config.train.epochs, self.world.rank)
-        self.data.expect_bad(self.history.absent)
-        self.data.begin(walk, *position)
         with self._stop.listening():
-            self._begin(position)
-            self.saver.begin(position)
+            self.begin(position)
             for epoch in range(position.epoch, self.config.train.epochs):
                 constants = self.method.begin_epoch(epoch, self.config.train.epochs)
                 started = time.monotonic()
-                if not self._train_epoch(epoch, first_step, constants):
+                if not self.train_epoch(epoch, first_step, constants):
                     return EXIT_STOPPED
                 seconds = time.monotonic() - started
                 images = self._trained_images(first_step)
-                self._finish_epoch(epoch, constants, images, seconds)
+                self.finish_epoch(epoch, constants, images, seconds)
                 first_step = 0
                 if self._asked_to_stop() and epoch + 1 < self.config.train.epochs:
                     self._say_stopped(epoch + 1, 0)
@@ -118,8 +114,20 @@ class Trainer:
             self._complete()
         return EXIT_COMPLETE
 
-    def _begin(self, position: Position) -> None:
-        """Say that the run is on; rank 0 finishes what a kill may have cut off."""
+    def close(self) -> None:
+        """End the trackers, the reading ahead, and the store's thread."""
+        for tracker in self.trackers:
+            tracker.close()
+        self.data.close()
+        if self.store is not None:
+            self.store.close()
+
+    def begin(self, position: Position) -> None:
+        """Read ahead from here, say that the run is on; rank 0 finishes what a kill cut off."""
+        walk = Walk(self.plan, self.config.train.seed, self.config.train.epochs, self.world.rank)
+        self.data.expect_bad(self.history.absent)
+        self.data.begin(walk, *position)
+        self.saver.begin(position)
         if self.status is not None:
             self.status.write("running", None, *position)
         if self.world.rank != 0:
@@ -130,7 +138,7 @@ class Trainer:
         if position.step == 0 and self.history.lines:
             self._export()
 
-    def _train_epoch(self, epoch: int, first_step: int, constants: dict[str, float]) -> bool:
+    def train_epoch(self, epoch: int, first_step: int, constants: dict[str, float]) -> bool:
         """Train the steps of an epoch from `first_step` on; False if asked to stop."""
         order_N = epoch_order(self.config.train.seed, epoch, self.plan.n)
         self.engine.train()
@@ -138,7 +146,7 @@ class Trainer:
             self.store.begin_epoch(epoch)
         with Progress(self._label(epoch), self._trained_images(first_step), constants) as progress:
             for step in range(first_step, self.plan.steps):
-                trained = self._train_step(order_N, epoch, step)
+                trained = self.train_step(order_N, epoch, step)
                 self._settle()
                 self._pending = trained
                 stop, due = self._stop.signal is not None, self.saver.due_by_time()
@@ -156,7 +164,7 @@ class Trainer:
                     return False
         return True
 
-    def _train_step(self, order_N: Ids, epoch: int, step: int) -> _Step:
+    def train_step(self, order_N: Ids, epoch: int, step: int) -> TrainedStep:
         """One optimizer step of this rank."""
         micros = self.plan.micro_batches(order_N, epoch, step, self.world.rank)
         ids_B = self._ids(order_N, epoch, step)
@@ -185,7 +193,7 @@ class Trainer:
                 rows.append(output.remember_BC)
         self.history.absent += absent
         remember_BC = torch.cat(rows) if rows else None
-        return _Step(epoch, step, ids_B, torch.cat(losses), remember_BC, strangers, absent)
+        return TrainedStep(epoch, step, ids_B, torch.cat(losses), remember_BC, strangers, absent)
 
     def _settle(self) -> None:
         """Read the verdict on the step before; only then do its rows go to the disk.
@@ -218,7 +226,7 @@ class Trainer:
             ids_B, rows_BC = ids_B[known], rows_BC[torch.from_numpy(known).to(rows_BC.device)]
         store.remember(ids_B, rows_BC)
 
-    def _refuse_bad_loss(self, step: _Step) -> None:
+    def _refuse_bad_loss(self, step: TrainedStep) -> None:
         finite_B = torch.isfinite(step.loss_B).cpu().numpy()
         bad = sorted(i for ids in self.world.gather(step.ids_B[~finite_B].tolist()) for i in ids)
         raise AgreedError(
@@ -227,7 +235,7 @@ class Trainer:
             "optimizer.clip_norm, in a new run."
         )
 
-    def _refuse_bad_data(self, step: _Step, absent: int) -> None:
+    def _refuse_bad_data(self, step: TrainedStep, absent: int) -> None:
         """By what all ranks saw of the step and of its epoch: the same on any world."""
         size = self.plan.batch_size(step.step)
         if absent == size:
@@ -243,7 +251,7 @@ class Trainer:
             "back and start again, the run goes on from its last checkpoint."
         )
 
-    def _finish_epoch(
+    def finish_epoch(
         self, epoch: int, constants: dict[str, float], images: int, seconds: float
     ) -> None:
         """Close the generation of predictions, measure, log, save."""

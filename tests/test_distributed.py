@@ -117,7 +117,7 @@ def steps_of(
     guard = Guard(world)
     trainer.engine.train()
     for step in range(trainer.plan.steps):
-        trained = trainer._train_step(order_N, 0, step)
+        trained = trainer.train_step(order_N, 0, step)
         guard.submit(False, False, trained.loss_B.sum())
         losses.append(guard.read().loss)
         flat = torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()])
@@ -173,7 +173,7 @@ def pskd_epochs(world: World, batch: int, accumulation: int, path: str) -> list[
     )
     for epoch in range(3):
         constants = trainer.method.begin_epoch(epoch, 3)
-        assert trainer._train_epoch(epoch, 0, constants)
+        assert trainer.train_epoch(epoch, 0, constants)
         trainer.store.begin_epoch(epoch + 1)
     return torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()]).tolist()
 
@@ -225,7 +225,7 @@ def fp16_epoch_with_overflow(world: World, path: str) -> tuple[bool, float, int]
     state["scaler"]["scale"] = 2.0**40
     trainer.engine.load_state_dict(state)
     constants = trainer.method.begin_epoch(0, 3)
-    assert trainer._train_epoch(0, 0, constants)
+    assert trainer.train_epoch(0, 0, constants)
     trainer.store.begin_epoch(1)
     skipped = before == weights_sha256(trainer.engine.model)
     return skipped, trainer.engine.state_dict()["scaler"]["scale"], trainer.history.samples

@@ -678,7 +678,7 @@ def mixed_epochs(world, path, accumulation):
     """Two epochs; the ids that were absent."""
     trainer = trainer_of(world, path, Mixer(1, OFTEN_MOSTLY_OTHER, NO_ERASING), accumulation)
     for epoch in range(2):
-        assert trainer._train_epoch(epoch, 0, trainer.method.begin_epoch(epoch, 20))
+        assert trainer.train_epoch(epoch, 0, trainer.method.begin_epoch(epoch, 20))
         trainer.store.begin_epoch(epoch + 1)
     trainer.store.close()
     return sorted(set(trainer.history.absent))
@@ -752,7 +752,7 @@ def refusal_of_bad_data(world, path, accumulation, bad):
     said = None
     try:
         for epoch in range(2):
-            trainer._train_epoch(epoch, 0, trainer.method.begin_epoch(epoch, 20))
+            trainer.train_epoch(epoch, 0, trainer.method.begin_epoch(epoch, 20))
             trainer.store.begin_epoch(epoch + 1)
             trainer.history.grey = 0
     except AgreedError as error:
