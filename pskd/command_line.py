@@ -48,7 +48,11 @@ _PUBLIC_FLAGS = {
     "dist_backend": "nothing: nccl on GPUs, gloo on CPUs",
     "multiprocessing_distributed": "torchrun --nproc-per-node",
 }
-_SHORT = {"--deepspeed_config": "--engine.deepspeed_config", "--resume": "--run.resume"}
+_SHORT = {
+    "--deepspeed_config": "--engine.deepspeed_config",
+    "--resume": "--run.resume",
+    "--profile": "--run.profile",
+}
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # set by `deepspeed`; we read the environment
 
 

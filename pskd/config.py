@@ -36,12 +36,16 @@ class RunSection:
     )
     timeout_s: int = speed(600, "seconds after which a silent peer counts as lost")
     lock_wait_s: int = output(20, "seconds to wait for a dying owner of the run directory")
+    profile: int = output(
+        0, "trace so many steps, after 10 that warm up, into DIR/profile/ (--profile)"
+    )
 
     def check(self) -> None:
         """Counts and durations are positive."""
         require(self.dir != "", "run.dir", "''", "name a directory, or leave the flag out.")
         require(self.resume != "", "run.resume", "''", "name a run, or leave the flag out.")
         require(self.threads >= 0, "run.threads", self.threads, "use 0 (automatic) or more.")
+        require(self.profile >= 0, "run.profile", self.profile, "use 0 (none) or more steps.")
         require(self.timeout_s >= 1, "run.timeout_s", self.timeout_s, "use 1 second or more.")
         require(
             0 <= self.lock_wait_s < self.timeout_s,
@@ -165,6 +169,9 @@ class EngineSection:
     compile: bool = numerics(False, "torch.compile (needs a C++ compiler; changes the last bits)")
     channels_last: bool = numerics(False, "memory layout NHWC; with ZeRO-0 only")
     tf32: bool = numerics(False, "TensorFloat-32 for fp32 products and convolutions on GPUs")
+    deterministic: bool = numerics(
+        True, "cuDNN's kernels that give the same bits again; else the fastest of those it tries"
+    )
 
     def check(self) -> None:
         """Nothing without reading the file: see `deepspeed_config.py`."""

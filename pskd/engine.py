@@ -50,7 +50,7 @@ class Engine:
             )
         self._inference = Inference(deepspeed_config.precision(settings), section.channels_last)
         self.device = next(model.parameters()).device
-        choose_kernels(self.device, tf32=section.tf32)
+        choose_kernels(self.device, tf32=section.tf32, deterministic=section.deterministic)
         self._average = WeightAverage(model, ema_decay) if ema_decay else None
         try:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(

@@ -157,7 +157,7 @@ def on_ranks(request: Request, source: Source, given: Settings, here: World) -> 
     config = given.config
     shares, threads = place_of(source)
     world.set_threads(config.run.threads or threads, here)
-    choose_kernels(here.device, tf32=config.engine.tf32)
+    choose_kernels(here.device, tf32=config.engine.tf32, deterministic=config.engine.deterministic)
     with here.together():
         judged = subject(source, given)
         judged.network.to(here.device).to(memory_format=judged.inference.layout)

@@ -36,9 +36,12 @@ class Inference:
         return logits_BC.float()
 
 
-def choose_kernels(device: torch.device, *, tf32: bool) -> None:
-    """On a GPU: kernels that give the same bits again; tf32: TensorFloat-32 for fp32."""
+def choose_kernels(device: torch.device, *, tf32: bool, deterministic: bool) -> None:
+    """On a GPU. tf32: TensorFloat-32 for fp32. deterministic: the same bits again, so equal weights
+    after a resume; else cuDNN tries its kernels on each new shape and takes the fastest.
+    """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.deterministic = True  # equal weights after a resume
+        torch.backends.cudnn.deterministic = deterministic
+        torch.backends.cudnn.benchmark = not deterministic

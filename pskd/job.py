@@ -21,6 +21,7 @@ from pskd.loading import AnyCatalog, input_sizes, loader, mixer, preprocessing, 
 from pskd.methods import registry
 from pskd.models.probe import check_takes
 from pskd.order import Plan
+from pskd.profiling import Profile
 from pskd.restore import Identity, Parts, resume
 from pskd.run_dir import RunDir, Start, Status
 from pskd.sites import Sites
@@ -206,6 +207,9 @@ def _assemble(
                 log.info("%s", disk.check(directory.path, need))
     with here.together():
         followers = tracking.trackers(config, directory.path, start.run) if here.rank == 0 else []
+    profile = None
+    if config.run.profile and here.rank == 0:
+        profile = Profile(directory.path, config.run.profile)
     log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,
@@ -223,6 +227,7 @@ def _assemble(
         history=parts.history,
         status=Status(directory, config.train.epochs, start.number) if sites.leads else None,
         trackers=followers,
+        profile=profile,
     )
     return trainer, position
 

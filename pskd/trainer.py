@@ -24,6 +24,7 @@ from pskd.history import History
 from pskd.methods.interface import Method, Past
 from pskd.metrics import MEASURES, Accumulator, Records, measures
 from pskd.order import Ids, Plan, Walk, epoch_order
+from pskd.profiling import Profile
 from pskd.progress import Progress, readable
 from pskd.run_dir import RunDir, Status
 from pskd.saver import Saver
@@ -75,6 +76,7 @@ class Trainer:
     history: History
     status: Status | None  # on the first rank that sees a directory
     trackers: Sequence[Tracker] = ()  # on rank 0
+    profile: Profile | None = None  # on rank 0
 
     def __post_init__(self) -> None:
         self._guard = Guard(self.world)
@@ -115,7 +117,9 @@ class Trainer:
         return EXIT_COMPLETE
 
     def close(self) -> None:
-        """End the trackers, the reading ahead, and the store's thread."""
+        """End the trackers, the profile, the reading ahead, and the store's thread."""
+        if self.profile is not None:
+            self.profile.close()
         for tracker in self.trackers:
             tracker.close()
         self.data.close()
@@ -152,6 +156,8 @@ class Trainer:
                 stop, due = self._stop.signal is not None, self.saver.due_by_time()
                 self._guard.submit(stop, due, trained.loss_B.sum(), len(trained.absent))
                 progress.advance(self.plan.batch_size(step), self._loss, self._waits_s())
+                if self.profile is not None:
+                    self.profile.step(self._waits_s())
                 self._beat(epoch, step + 1)
                 last = step + 1 == self.plan.steps
                 due = not last and (self._due or self.saver.due_by_step(step + 1))
