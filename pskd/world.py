@@ -1,5 +1,6 @@
 """This process among all: rank, device, process groups, failures that all ranks share."""
 
+import ctypes
 import os
 import warnings
 from contextlib import AbstractContextManager
@@ -89,6 +90,8 @@ def start(timeout_s: int) -> World:
 def join(place: launch.Launch, device: torch.device, timeout_s: int, limit: str) -> World:
     """As `start`, on a device that was chosen. limit: what the timeout is called in messages."""
     _quieten()
+    if device.type == "cpu":
+        _keep_freed_memory()
     launch.choose_interface()
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -155,6 +158,18 @@ def stop(world: World) -> None:
     """Leave the job in step with the others, so that no rank sees a lost peer at the end."""
     dist.barrier(group=world.control)
     dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Gradients and activations are freed and allocated again in each step. glibc would give their
+    memory back to the system in between, and the step would wait for it to be cleared, page by
+    page: 1.5 % of a ResNet-18's.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc's
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+        libc.mallopt(mmap_max, 0)
 
 
 def _quieten() -> None:

@@ -102,8 +102,9 @@ def confident_learning(rows, labels, classes):
         best = max(confident, key=lambda k: (rows[i][k], -k))
         joint[labels[i]][best] += 1
         if best != labels[i]:
-            off.append((margin(rows[i], labels[i]), i, best))
-    return thresholds, joint, [(i, best) for _, i, best in sorted(off)]
+            other = max(p for k, p in enumerate(rows[i]) if k != labels[i])
+            off.append((np.float32(rows[i][labels[i]]) / np.float32(other), -other, i, best))
+    return thresholds, joint, [(i, best) for _, _, i, best in sorted(off)]
 
 
 def random_rows(seed, n, classes, absent):

@@ -85,7 +85,9 @@ class ArrayData:
                 view=view,
             )
         )
-        return self._normalise(_gather(self._images_NCHW[index_B], y_BH, x_BW))
+        # Whole images by index_select, which copies them: [] would gather single bytes.
+        images_BCHW = self._images_NCHW.index_select(0, index_B)
+        return self._normalise(_gather(images_BCHW, y_BH, x_BW))
 
     def validation_batches(
         self, rank: int, world: int, batch_size: int
@@ -101,7 +103,7 @@ class ArrayData:
             yield self._normalise(self._validation_NCHW[part]), self._validation_labels_N[part]
 
     def _normalise(self, images_BCHW: Tensor) -> Tensor:
-        scaled_BCHW = (images_BCHW.float() - self._mean_C11) / self._std_C11
+        scaled_BCHW = images_BCHW.float().sub_(self._mean_C11).div_(self._std_C11)
         return scaled_BCHW.expand(-1, 3, -1, -1).contiguous()
 
 
@@ -112,16 +114,11 @@ def _resident(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _gather(images_BCHW: Tensor, y_BH: Tensor, x_BW: Tensor) -> Tensor:
     """Pixels at rows y_BH and columns x_BW; black where they lie outside the image."""
-    height, width = images_BCHW.shape[2:]
+    batch, channels, height, width = images_BCHW.shape
     inside_BHW = ((y_BH >= 0) & (y_BH < height))[:, :, None] & ((x_BW >= 0) & (x_BW < width))[
         :, None, :
     ]
-    b_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
-    # Advanced indices around the channel slice put it last: (B, H, W, C).
-    pixels_BHWC = images_BCHW[
-        b_B[:, None, None],
-        :,
-        y_BH.clamp(0, height - 1)[:, :, None],
-        x_BW.clamp(0, width - 1)[:, None, :],
-    ]
-    return pixels_BHWC.permute(0, 3, 1, 2) * inside_BHW[:, None]
+    row_BH, column_BW = y_BH.clamp(0, height - 1), x_BW.clamp(0, width - 1)
+    place_BP = (row_BH[:, :, None] * width + column_BW[:, None, :]).flatten(1)
+    pixels_BCP = images_BCHW.flatten(2).gather(2, place_BP[:, None].expand(-1, channels, -1))
+    return pixels_BCP.view(batch, channels, height, width).mul_(inside_BHW[:, None])

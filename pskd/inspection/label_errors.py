@@ -7,8 +7,9 @@ threshold, the mean probability of their own label over the samples of that labe
     j*(x) = argmax over j with p(j; x) >= t_j of p(j; x)
     joint[i, j] = number of x of label i with j*(x) = j
 
-Samples off the diagonal of the joint are probable errors. They are ranked by normalised margin,
-p(i; x) minus the largest p of another class, the lowest first.
+Samples off the diagonal of the joint are probable errors. They are ranked by p(i; x) over the
+largest p of another class, the lowest first. The normalised margin, the difference of the two,
+ranks worse: it hardly tells a label that is out of the question from one that is only less likely.
 
 cleanlab does this and far more, on probabilities that are held in memory as one array, 5 GB for
 ImageNet's. These lines keep a few numbers a sample.
@@ -58,8 +59,9 @@ def find(generation: Generation, judged: Judged, labels_N: npt.NDArray[np.int64]
     cells = labels_N[ids] * classes + confident_N[ids]
     joint_CC = np.bincount(cells, minlength=classes**2).reshape(classes, classes)
     off = ids[confident_N[ids] != labels_N[ids]]
-    margin = judged.own_N[off] - judged.other_N[off]
-    ranked = off[np.argsort(margin, kind="stable")]  # of equal ones, by id
+    other = judged.other_N[off]
+    ratio = judged.own_N[off] / other  # never by 0: another class reached its threshold
+    ranked = off[np.lexsort((off, -other, ratio))]
     return LabelErrors(thresholds_C, joint_CC, ranked, confident_N[ranked])
 
 

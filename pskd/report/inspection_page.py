@@ -19,7 +19,7 @@ _SHOWN = 40  # of each list, or as many as are printed if those are more
 def inspection_page(findings: Findings, top: int) -> str:
     """Self-contained HTML; top: so many of each list were printed."""
     shown = max(top, _SHOWN)
-    errors = "By confident learning, the smallest margin between the label and another class first."
+    errors = "By confident learning, the least p(label) / p(likeliest other class) first."
     lists = [
         ("Probable label errors", errors, findings.errors.ids),
         ("Hardest samples", "The lowest probability of the label first.", findings.hardest),

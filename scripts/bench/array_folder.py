@@ -1,6 +1,7 @@
 """A data set of random images for benchmarks: `DATASETS["random"] = "array_folder"`.
 
-`--data.root DIR` names a folder with shape.json, {"n": .., "classes": .., "side": ..}.
+`--data.root DIR` names a folder with shape.json: {"n": .., "classes": .., "side": ..,
+"validation": .. (64)}.
 """
 
 import json
@@ -9,8 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from pskd.data.catalog import Catalog, Split
-
-VALIDATION = 128
 
 
 def load(root: Path | None, download: bool) -> Catalog:
@@ -31,5 +30,5 @@ def load(root: Path | None, download: bool) -> Catalog:
         mean=(0.5, 0.5, 0.5),
         std=(0.3, 0.3, 0.3),
         train=split(n),
-        validation=split(VALIDATION),
+        validation=split(shape.get("validation", 64)),
     )

@@ -237,6 +237,7 @@ def compare(setting: Setting, size: int, hosts: list[list[str]]) -> str:
         port = probe.getsockname()[1]
     out = setting.data / f"seconds-{size}.npz"
     shape = {"n": BATCH * size * setting.steps, "classes": setting.classes, "side": SIDE}
+    shape["validation"] = BATCH
     (setting.data / "shape.json").write_text(json.dumps(shape))
     ranks = []
     for rank in range(size):
