@@ -1,12 +1,14 @@
 """Images per second of the real trainer, against a plain PyTorch DDP loop of a page.
 
-    python scripts/bench/step.py                                  # baseline and PS-KD, 20 minutes
-    python scripts/bench/step.py --methods cskd tfkd_reg tfkd_self --classes 1000 --processes 1
+    python scripts/bench/step.py                                  # baseline and PS-KD, 30 minutes
+    python scripts/bench/step.py --methods baseline cskd tfkd_reg tfkd_self --classes 1000
+    python scripts/bench/step.py --variant "ZeRO-1=--engine.deepspeed_config=fp32-zero1"
 
-ResNet-18, images of 64 x 64, 64 of them a rank, fp32, one thread a rank; channels_last and foreach
-SGD in both. In each round every contender trains one epoch of a few steps in turn, in the same
-processes, on the same cores; the trainer's epoch is `Trainer.train_epoch`: order, augmentation,
-engine, guard, progress, and for PS-KD the store on this disk. The plain loop does not augment.
+ResNet-18, images of 64 x 64, 64 of them a rank, one thread a rank; channels_last and foreach SGD
+in both. A variant is the baseline with other flags. In each round every contender trains one epoch
+of a few steps in turn, in the same processes, on the same cores; the trainer's epoch is
+`Trainer.train_epoch`: order, augmentation, engine, guard, progress, and for PS-KD the store on this
+disk. The plain loop does not augment.
 Shown: median of the paired ratios over the rounds with its bootstrap 95 % interval, and
 milliseconds a step, wall and CPU of all threads of a rank.
 
@@ -14,6 +16,7 @@ milliseconds a step, wall and CPU of all threads of a rank.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -51,15 +54,17 @@ EPOCHS = 10_000  # more than are trained: alpha stays small, which costs the sam
 class PlainLoop:
     """What a user would write: DistributedDataParallel and nothing else."""
 
-    def __init__(self, here: World, data: Path, classes: int) -> None:
+    def __init__(self, here: World, data: Path, classes: int, precision: str) -> None:
         from array_folder import load
 
         split = load(data, False).train
-        self._images_NCHW = torch.from_numpy(split.images_NHWC).permute(0, 3, 1, 2)
-        self._labels_N = torch.from_numpy(split.labels_N)
+        images_NHWC = torch.from_numpy(split.images_NHWC).to(here.device)
+        self._images_NCHW = images_NHWC.permute(0, 3, 1, 2)
+        self._labels_N = torch.from_numpy(split.labels_N).to(here.device)
         self._here = here
+        self._half = torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bf16")
         torch.manual_seed(0)
-        model = resnet18(num_classes=classes).to(memory_format=torch.channels_last)
+        model = resnet18(num_classes=classes).to(here.device, memory_format=torch.channels_last)
         self.model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self._sgd = torch.optim.SGD(
             model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, foreach=True
@@ -69,11 +74,13 @@ class PlainLoop:
         """All images once, in a new order."""
         generator = torch.Generator().manual_seed(epoch)
         order = torch.randperm(len(self._labels_N), generator=generator)
-        total = torch.zeros(())
-        for batch_B in order[self._here.rank :: self._here.size].split(BATCH):
+        total = torch.zeros((), device=self._here.device)
+        mine = order[self._here.rank :: self._here.size].to(self._here.device)
+        for batch_B in mine.split(BATCH):
             images_BCHW = (self._images_NCHW[batch_B].float() - MEAN) / STD
             images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(self.model(images_BCHW), self._labels_N[batch_B])
+            with self._half:
+                loss = F.cross_entropy(self.model(images_BCHW), self._labels_N[batch_B])
             self._sgd.zero_grad()
             loss.backward()
             self._sgd.step()
@@ -108,12 +115,16 @@ class Setting:
     classes: int
     rounds: int
     steps: int
-    engine: list[str]  # names of ds_configs, or files, of the baseline's further contenders
+    precision: str
+    variants: dict[str, list[str]]  # name -> flags
     data: Path
 
 
-def trainer_of(here: World, setting: Setting, method: str, engine: str) -> Trainer:
-    """Of a new run."""
+def trainer_of(
+    here: World, setting: Setting, method: str, more: list[str] | None = None
+) -> Trainer:
+    """Of a new run. more: flags, which win."""
+    name = method if more is None else "variant-" + hashlib.sha256(str(more).encode()).hexdigest()
     flags = [
         f"--method.name={method}",
         "--data.name=random",
@@ -121,13 +132,15 @@ def trainer_of(here: World, setting: Setting, method: str, engine: str) -> Train
         "--model.name=resnet18",
         f"--train.batch_size={BATCH * here.size}",
         f"--train.epochs={EPOCHS}",
-        f"--engine.deepspeed_config={engine}",
-        f"--engine.channels_last={str('zero' not in engine).lower()}",
+        f"--engine.deepspeed_config={setting.precision}",
         "--optimizer.implementation=foreach",
         "--schedule.milestones=[]",
-        f"--run.dir={setting.data / f'{method}-{Path(engine).stem}-{here.size}'}",
+        f"--run.dir={setting.data / f'{name}-{here.size}'}",
         "--run.threads=1",
+        *(more or []),
     ]
+    if not any("zero" in flag for flag in flags):
+        flags.append("--engine.channels_last=true")
     if method == "tfkd_self":
         flags.append(f"--method.teacher={setting.data / 'teacher.pth'}")
     trainer, position = Job(command_line.load(flags)).prepare(here)
@@ -137,18 +150,16 @@ def trainer_of(here: World, setting: Setting, method: str, engine: str) -> Train
 
 def measure(here: World, setting: Setting) -> dict[str, np.ndarray]:
     """Seconds of an epoch by contender: (rounds, 2) of wall and CPU, the mean over the ranks."""
-    contenders: dict[str, PlainLoop | Ours] = {
-        PLAIN: PlainLoop(here, setting.data, setting.classes)
-    }
+    plain = PlainLoop(here, setting.data, setting.classes, setting.precision)
+    contenders: dict[str, PlainLoop | Ours] = {PLAIN: plain}
     if "tfkd_self" in setting.methods and here.rank == 0:
-        network = contenders[PLAIN].model.module
-        torch.save(network.state_dict(), setting.data / "teacher.pth")
+        torch.save(plain.model.module.state_dict(), setting.data / "teacher.pth")
     dist.barrier()
     for method in setting.methods:
-        contenders[method] = Ours(trainer_of(here, setting, method, "fp32"))
-    for engine in setting.engine:
-        contenders[Path(engine).stem] = Ours(trainer_of(here, setting, "baseline", engine))
-    forward = Forward(contenders[PLAIN].model, here.size)
+        contenders[method] = Ours(trainer_of(here, setting, method))
+    for name, flags in setting.variants.items():
+        contenders[name] = Ours(trainer_of(here, setting, "baseline", flags))
+    forward = Forward(plain.model.module, here)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in (*contenders, "forward")}
     names = list(contenders)
     for epoch in range(setting.rounds + 1):
@@ -168,10 +179,10 @@ def measure(here: World, setting: Setting) -> dict[str, np.ndarray]:
 class Forward:
     """A forward pass without gradient: what a frozen teacher or a peer costs."""
 
-    def __init__(self, model: nn.Module, size: int) -> None:
-        self._model = model.module
-        shape = (BATCH, 3, SIDE, SIDE)
-        self._images = torch.zeros(shape).contiguous(memory_format=torch.channels_last)
+    def __init__(self, model: nn.Module, here: World) -> None:
+        self._model = model
+        images = torch.zeros(BATCH, 3, SIDE, SIDE, device=here.device)
+        self._images = images.contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def __call__(self, steps: int) -> None:
@@ -181,12 +192,18 @@ class Forward:
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
     """Wall seconds until the slowest rank is through, CPU seconds of this process."""
-    dist.barrier()
+    _together()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     cpu = time.process_time() - cpu
-    dist.barrier()
+    _together()
     return time.perf_counter() - wall, cpu
+
+
+def _together() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
 
 
 def report(setting: Setting, size: int, seconds: dict[str, np.ndarray]) -> str:
@@ -229,7 +246,7 @@ def work(rank: int, size: int, address: str, port: int, setting: Setting, out: P
     world.stop(here)
 
 
-def compare(setting: Setting, size: int, hosts: list[list[str]]) -> str:
+def compare(setting: Setting, size: int, hosts: list[list[str]]) -> dict[str, np.ndarray]:
     """Start the ranks; hosts: what to put before the command of each, the master first."""
     address = "127.0.0.1" if not any(hosts) else HOSTS[0]
     with socket.socket() as probe:
@@ -237,7 +254,6 @@ def compare(setting: Setting, size: int, hosts: list[list[str]]) -> str:
         port = probe.getsockname()[1]
     out = setting.data / f"seconds-{size}.npz"
     shape = {"n": BATCH * size * setting.steps, "classes": setting.classes, "side": SIDE}
-    shape["validation"] = BATCH
     (setting.data / "shape.json").write_text(json.dumps(shape))
     ranks = []
     for rank in range(size):
@@ -250,7 +266,7 @@ def compare(setting: Setting, size: int, hosts: list[list[str]]) -> str:
     if any(codes):
         sys.exit(f"a rank ended with {codes}")
     with np.load(out) as found:
-        return report(setting, size, dict(found))
+        return dict(found)
 
 
 HOSTS = ("10.78.0.1", "10.78.0.2")
@@ -284,9 +300,9 @@ def main() -> None:
     parser.add_argument("--processes", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4, help="of an epoch")
-    parser.add_argument(
-        "--engine", nargs="*", default=[], help="also the baseline with these DeepSpeed settings"
-    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS")
+    parser.add_argument("--json", type=Path, help="also write the seconds of each round there")
     parser.add_argument("--in-namespaces", type=int, metavar="MBIT")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -296,6 +312,8 @@ def main() -> None:
         out = Path(told.pop("out"))
         work(*place, Setting(**{**told, "data": Path(told["data"])}), out)
         return
+    variants = [variant.partition("=") for variant in arguments.variant]
+    raw: dict[str, dict[str, list[list[float]]]] = {}
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, ", end="")
     print(f"torch {torch.__version__}. {arguments.rounds} rounds of {arguments.steps} steps.")
     for classes in arguments.classes:
@@ -306,7 +324,8 @@ def main() -> None:
                     classes,
                     arguments.rounds,
                     arguments.steps,
-                    arguments.engine,
+                    arguments.precision,
+                    {name: flags.split() for name, _, flags in variants},
                     Path(temporary),
                 )
                 hosts: list[list[str]] = [[] for _ in range(size)]
@@ -321,9 +340,11 @@ def main() -> None:
                         for number in (0, 1):
                             ip("netns", "del", f"pskd-bench-{number}")
             load = " ".join(f"{figure:.1f}" for figure in os.getloadavg())
-            print(
-                f"\n{classes} classes, {size} processes{where}. Load {load}.\n\n{found}", flush=True
-            )
+            print(f"\n{classes} classes, {size} processes{where}. Load {load}.\n")
+            print(report(setting, size, found), flush=True)
+            raw[f"{classes} classes, {size} processes"] = {k: v.tolist() for k, v in found.items()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(raw))
 
 
 METHODS = ("baseline", "label_smoothing", "cskd", "tfkd_reg", "tfkd_self", "pskd")
