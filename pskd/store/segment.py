@@ -236,12 +236,18 @@ class SegmentReader:
         """Rows of some units, one system call each: for file systems that map badly.
 
         Raises:
+            DamagedError: the file has become shorter.
             PskdError: the file cannot be read.
         """
         assert self._file is not None, "it was not opened for this"
         try:
             for unit, row_R in zip(units_B.tolist(), out_BR, strict=True):
-                os.preadv(self._file.fileno(), [row_R], fmt.HEADER_BYTES + unit * self._stride)
+                start = fmt.HEADER_BYTES + unit * self._stride
+                if os.preadv(self._file.fileno(), [row_R], start) != len(row_R):
+                    raise DamagedError(
+                        f"prediction store: {self.path}: cut short within the row at byte {start}.",
+                        REMEDY,
+                    )
         except OSError as error:
             raise PskdError(f"prediction store: {self.path}: {error.strerror}. {REMEDY}") from error
 
