@@ -39,14 +39,20 @@ class Chunk:
         self._stride = fmt.stride_of(row_bytes)
         size = fmt.chunk_units(capacity, self._stride) * self._stride
         self._bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
-        self._view: Tensor | None = None
+        self._view = self._rows(0)
 
     def rows_BR(self, rows: int) -> Tensor:
         """Where the encoded rows of the next chunk go: uint8 (B, R)."""
-        if self._view is None or len(self._view) != rows:  # batches are mostly of one size
-            prefix = fmt.prefix_units(rows, self._stride)
-            self._view = self._units(rows)[prefix:, : self._row_bytes]
+        if len(self._view) != rows:  # batches are mostly of one size
+            self._view = self._rows(rows)
         return self._view
+
+    def units_BS(self, rows: int) -> Tensor:
+        """The same with what fills up each unit, which may hold anything: contiguous (B, S).
+
+        Only into contiguous memory does a GPU copy without making the host wait.
+        """
+        return self._units(rows)[fmt.prefix_units(rows, self._stride) :]
 
     def seal(self, ids_B: Ids) -> tuple[memoryview, int]:
         """The bytes of a chunk whose rows are in place, and its crc."""
@@ -58,6 +64,9 @@ class Chunk:
         flat[fmt.PREFIX.size : ids_end] = ids_B.astype("<i8").view(np.uint8)
         flat[ids_end : fmt.prefix_units(rows, self._stride) * self._stride] = 0
         return flat.data, fmt.seal_chunk(flat.data, rows)
+
+    def _rows(self, rows: int) -> Tensor:
+        return self.units_BS(rows)[:, : self._row_bytes]
 
     def _units(self, rows: int) -> Tensor:
         size = fmt.chunk_units(rows, self._stride) * self._stride
