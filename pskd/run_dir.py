@@ -239,7 +239,7 @@ class RunDir:
         return Start(len(starts), name, changes)
 
     def _heartbeat_age(self) -> str:
-        status = self.read_json("status.json")
+        status = read_status(self.path)
         return f"{time.time() - status['heartbeat']:.0f} s ago" if status else "never"
 
 
@@ -278,10 +278,22 @@ class Status:
         """Replace the file, unless a rank of this start has written there that it failed."""
         self._value.update(state=state, reason=reason, epoch=epoch, step=step)
         with _status_lock(self._run.path):
-            now = self._run.read_json("status.json") or {"state": "running"}
-            if now["state"] == "failed" and now.get("start") == self._value["start"]:
+            now = read_status(self._run.path)
+            if now.get("state") == "failed" and now.get("start") == self._value["start"]:
                 return
             self._run.write_json("status.json", {**self._value, "heartbeat": time.time()})
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """What status.json says; nothing if it is missing, or damaged, as a full disk may leave it.
+
+    Damage is mended by the next write, so that it keeps no run from going on.
+    """
+    try:
+        status = json.loads((run / "status.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def fail(path: Path, start: int, reason: str) -> str | None:
@@ -292,7 +304,7 @@ def fail(path: Path, start: int, reason: str) -> str | None:
     """
     run = RunDir(path)
     with _status_lock(path):
-        now = run.read_json("status.json") or {}
+        now = read_status(path)
         known = now.get("start", -1)
         if known > start or (known == start and now["state"] != "running"):
             return str(now.get("reason") or "")

@@ -364,6 +364,26 @@ class TestStatus:
         status.write("complete", None, 2, 0)
         assert run.read_json("status.json")["state"] == "complete"
 
+    @pytest.mark.parametrize("content", [b"", b'{"state": "run', b"\0" * 64, b"\xff\xfe", b"[]"])
+    def test_a_damaged_one_keeps_no_run_from_going_on_or_failing(self, run, content):
+        """As a disk that was full or a machine that lost its power may leave it."""
+        path = run.path / "status.json"
+        path.write_bytes(content)
+        assert fail(run.path, 0, "early") is None
+        assert run.read_json("status.json")["reason"] == "early"
+        path.write_bytes(content)
+        status = Status(run, epochs=2, start=1)
+        status.beat(0, 3)
+        assert run.read_json("status.json")["step"] == 3
+        path.write_bytes(content)
+        status.write("complete", None, 2, 0)
+        assert run.read_json("status.json")["state"] == "complete"
+
+    def test_a_damaged_one_does_not_hide_the_owner(self, path, owner):
+        (path / "status.json").write_text("{")
+        with pytest.raises(PskdError, match=f"{path} is in use by process {owner.pid}"):
+            RunDir(path).acquire(wait_s=0)
+
     @needs_root
     def test_a_full_disk_does_not_hide_the_failure(self, tmp_path):
         with mounted(tmp_path / "small") as disk:
