@@ -35,7 +35,7 @@ import yaml
 
 from pskd.config import Config
 from pskd.errors import PskdError
-from pskd.files import write_atomically
+from pskd.files import read_run_json, write_atomically
 
 HEARTBEAT_S = 5.0
 
@@ -131,9 +131,8 @@ class RunDir:
         write_atomically(self.path / name, content.getbuffer())
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file, or None if there is none."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        """As `read_run_json`."""
+        return read_run_json(self.path / name)
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace metrics.jsonl: exactly one line an epoch, after any restarts."""
@@ -315,6 +314,21 @@ def fail(path: Path, start: int, reason: str) -> str | None:
         except OSError:  # a full disk: there is no room for a second file, but in the old one
             (path / "status.json").write_text(json.dumps(failed))
         return None
+
+
+def read_complete(run: Path, name: str) -> Any:
+    """The content of a JSON file that every complete run has.
+
+    Raises:
+        PskdError: there is none, or it is damaged.
+    """
+    content = read_run_json(run / name)
+    if content is None:
+        raise PskdError(
+            f"{run} holds no complete run (it has no {name}). "
+            f"`train.py --run.dir {run}` resumes it."
+        )
+    return content
 
 
 def saved_settings(run: Path) -> Sections:

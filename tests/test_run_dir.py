@@ -263,6 +263,21 @@ class TestSmallFiles:
         run.write_json("result.json", {"best": [1, None, 0.5]})
         assert run.read_json("result.json") == {"best": [1, None, 0.5]}
 
+    @pytest.mark.parametrize(
+        ("name", "remedy"),
+        [
+            ("result.json", "Remove it: `train.py --run.dir {run}` writes it again"),
+            ("env.json", "Restore it."),  # it numbers the starts
+        ],
+    )
+    @pytest.mark.parametrize("content", [b"", b'{"a"', b"\xff"])
+    def test_a_damaged_json_is_named_with_what_to_do(self, run, name, remedy, content):
+        (run.path / name).write_bytes(content)
+        with pytest.raises(PskdError) as caught:
+            run.read_json(name)
+        assert str(caught.value).startswith(f"{run.path / name} cannot be read (")
+        assert remedy.format(run=run.path) in str(caught.value)
+
     def test_nothing_is_left_beside_what_was_written(self, run):
         run.write_json("a.json", 1)
         run.write_metrics([{}])
