@@ -5,6 +5,8 @@ ZeRO-0 state is written by us; under ZeRO-1 and 2 DeepSpeed writes the optimizer
 Letters: B samples, C classes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,8 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from saved state; if sharded, `load_shards` does it, on as many ranks.
 
+        The optimizer's settings stay this run's own, as another run's may have been others.
+
         Raises:
             PskdError: the shards are of another number of ranks.
         """
@@ -197,8 +201,10 @@ class Engine:
                 )
             return
         self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self._scaler is not None:
+        with self._own_settings():
+            self._optimizer.load_state_dict(state["optimizer"])
+        # Another run, of another precision, may have had no scale.
+        if self._scaler is not None and state["scaler"] is not None:
             self._scaler.load_state_dict(state["scaler"])
 
     def save_shards(self, directory: Path) -> None:
@@ -230,9 +236,24 @@ class Engine:
         Raises:
             PskdError: DeepSpeed finds no shards there.
         """
-        found, _ = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        with self._own_settings():
+            found, _ = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if found is None:
             raise PskdError(f"checkpoint {directory} holds no shards. Resume from an older one.")
+
+    @contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """With the momentum come the settings of the run that saved it: bring back the own ones."""
+        own = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self._optimizer.param_groups
+        ]
+        clip_norm = self._optimizer.clip_grad if self.sharded else None
+        yield
+        for group, settings in zip(self._optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        if self.sharded:
+            self._optimizer.clip_grad = clip_norm
 
 
 def _sgd(model: nn.Module, optimizer: OptimizerSection) -> torch.optim.SGD:

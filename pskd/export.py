@@ -18,7 +18,16 @@ from pskd import models
 from pskd.errors import PskdError
 from pskd.fields import known
 from pskd.files import write_atomically
-from pskd.weights import difference, export_weights, head_of, weights_for, weights_sha256
+from pskd.run_dir import read_complete
+from pskd.weights import (
+    difference,
+    export_path,
+    export_weights,
+    head_of,
+    read_saved,
+    weights_for,
+    weights_sha256,
+)
 
 Format = Literal["state-dict", "torch-export", "onnx"]
 SUFFIXES: dict[str, str] = {"state-dict": ".pth", "torch-export": ".pt2", "onnx": ".onnx"}
@@ -36,11 +45,11 @@ def export(
     input `images` float32 (batch, 3, height, width), output `logits`.
 
     Raises:
-        PskdError: no complete run, a missing package, or the file cannot be written.
+        PskdError: no complete run, damaged files, a missing package, or it cannot be written.
     """
     if kind == "onnx":
         _need(_ONNX_PACKAGES)
-    facts, preprocessing = facts_of(run, which), _read_json(run / "preprocessing.json", run)
+    facts, preprocessing = facts_of(run, which), read_complete(run, "preprocessing.json")
     model = models.build(facts["model"], facts["num_classes"])
     model.load_state_dict(facts.pop("net"))
     model.eval()
@@ -98,26 +107,13 @@ def facts_of(run: Path, which: str) -> dict[str, Any]:
     """The content of an export of the trainer, weights under "net".
 
     Raises:
-        PskdError: the run is not complete, or has lost it.
+        PskdError: the run is not complete, or has lost it, or a file is damaged.
     """
-    last = _read_json(run / "result.json", run)["last"]
-    name = "best" if which == "best" else str(last["epoch"] + 1)
-    file = run / "models" / f"checkpoint_{name}.pth"
-    try:
-        facts: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise PskdError(f"{file}: no such file. Train the run to its end, or add it.") from error
-    return facts
-
-
-def _read_json(path: Path, run: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise PskdError(
-            f"{run} holds no complete run ({error.strerror}: {path.name}). "
-            f"`train.py --run.dir {run}` resumes it."
-        ) from error
+    last = read_complete(run, "result.json")["last"]
+    file = export_path(run, "best" if which == "best" else last["epoch"])
+    if not file.exists():
+        raise PskdError(f"{file}: no such file. Train the run to its end, or add it.")
+    return read_saved(file)
 
 
 def _content(model: nn.Module, kind: Format, height: int, width: int) -> bytes:

@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pskd.errors import PskdError
+
+_WRITTEN_AGAIN = ("result.json", "preprocessing.json")  # by the next start, though nothing is left
+
 
 class VersionError(ValueError):
     """A file of another version of the program: not damaged, but not readable here."""
@@ -28,6 +32,28 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def read_run_json(path: Path) -> Any:
+    """The content of a JSON file of a run, or None if there is none.
+
+    Raises:
+        PskdError: it cannot be read, or is damaged: says what to do.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise PskdError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        remedy = "Restore it."
+        if path.name in _WRITTEN_AGAIN:
+            remedy = (
+                f"Remove it: `train.py --run.dir {path.parent}` writes it again, without training "
+                "again what is trained."
+            )
+        raise PskdError(f"{path} cannot be read ({error}). {remedy}") from error
 
 
 def existing(path: Path) -> Path:

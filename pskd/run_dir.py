@@ -35,7 +35,7 @@ import yaml
 
 from pskd.config import Config
 from pskd.errors import PskdError
-from pskd.files import write_atomically
+from pskd.files import read_run_json, write_atomically
 
 HEARTBEAT_S = 5.0
 
@@ -131,9 +131,8 @@ class RunDir:
         write_atomically(self.path / name, content.getbuffer())
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file, or None if there is none."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        """As `read_run_json`."""
+        return read_run_json(self.path / name)
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace metrics.jsonl: exactly one line an epoch, after any restarts."""
@@ -239,7 +238,7 @@ class RunDir:
         return Start(len(starts), name, changes)
 
     def _heartbeat_age(self) -> str:
-        status = self.read_json("status.json")
+        status = read_status(self.path)
         return f"{time.time() - status['heartbeat']:.0f} s ago" if status else "never"
 
 
@@ -278,10 +277,22 @@ class Status:
         """Replace the file, unless a rank of this start has written there that it failed."""
         self._value.update(state=state, reason=reason, epoch=epoch, step=step)
         with _status_lock(self._run.path):
-            now = self._run.read_json("status.json") or {"state": "running"}
-            if now["state"] == "failed" and now.get("start") == self._value["start"]:
+            now = read_status(self._run.path)
+            if now.get("state") == "failed" and now.get("start") == self._value["start"]:
                 return
             self._run.write_json("status.json", {**self._value, "heartbeat": time.time()})
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """What status.json says; nothing if it is missing, or damaged, as a full disk may leave it.
+
+    Damage is mended by the next write, so that it keeps no run from going on.
+    """
+    try:
+        status = json.loads((run / "status.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def fail(path: Path, start: int, reason: str) -> str | None:
@@ -292,7 +303,7 @@ def fail(path: Path, start: int, reason: str) -> str | None:
     """
     run = RunDir(path)
     with _status_lock(path):
-        now = run.read_json("status.json") or {}
+        now = read_status(path)
         known = now.get("start", -1)
         if known > start or (known == start and now["state"] != "running"):
             return str(now.get("reason") or "")
@@ -303,6 +314,21 @@ def fail(path: Path, start: int, reason: str) -> str | None:
         except OSError:  # a full disk: there is no room for a second file, but in the old one
             (path / "status.json").write_text(json.dumps(failed))
         return None
+
+
+def read_complete(run: Path, name: str) -> Any:
+    """The content of a JSON file that every complete run has.
+
+    Raises:
+        PskdError: there is none, or it is damaged.
+    """
+    content = read_run_json(run / name)
+    if content is None:
+        raise PskdError(
+            f"{run} holds no complete run (it has no {name}). "
+            f"`train.py --run.dir {run}` resumes it."
+        )
+    return content
 
 
 def saved_settings(run: Path) -> Sections:

@@ -90,9 +90,9 @@ def register_start(
     origin = None
     with here.together():
         if here.rank == 0:
+            origin = _origin(config, directory)  # refused before anything of this start is saved
             directory.reconcile(config)
             directory.reconcile_engine(settings)
-            origin = _origin(config, directory)
             record = None
             if origin is not None:
                 origin.changes.extend(origin.run.engine_differences(settings))
@@ -148,9 +148,22 @@ def _origin(config: Config, directory: RunDir) -> Origin | None:
         )
     run = RunDir(path.absolute().parent.parent)
     origin = Origin(run, path.absolute(), run.differences(config))
+    _refuse_other_groups(origin)
     if Position.of(path.name).step:
         _refuse_other_order(origin)
     return origin
+
+
+def _refuse_other_groups(origin: Origin) -> None:
+    """Momentum is kept by group of parameters, and this option makes the groups."""
+    key = "optimizer.decay_norm_and_bias"
+    changes = [change for change in origin.changes if change.startswith(key)]
+    if changes:
+        raise PskdError(
+            f"run.resume {origin.checkpoint}: {changes[0]}, so its momentum does not fit. Keep the "
+            "setting, or begin from its weights alone: instead of --resume, give --model.init a "
+            f"checkpoint of {origin.run.path} or one of its exports."
+        )
 
 
 def _refuse_other_order(origin: Origin) -> None:

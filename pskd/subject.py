@@ -3,7 +3,6 @@
 Letters: B samples.
 """
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +19,12 @@ from pskd.data.sections import DataSection
 from pskd.errors import PskdError
 from pskd.export import facts_of, public_network
 from pskd.fields import known
+from pskd.files import read_run_json
 from pskd.inference import Inference
 from pskd.loading import AnyCatalog
 from pskd.models.probe import check_takes
-from pskd.run_dir import saved_settings
-from pskd.weights import difference, head_of, weights_for
+from pskd.run_dir import read_complete, read_status, saved_settings
+from pskd.weights import difference, export_path, head_of, read_saved, weights_for
 
 log = logging.getLogger("pskd")
 
@@ -137,9 +137,10 @@ def subject(source: Source, given: Settings) -> Subject:
 def place_of(source: Source) -> tuple[int, int]:
     """(ranks, threads a rank) that the run was evaluated by; (1, 0: automatic) without a run."""
     run = source.run
-    if run is None or not (run / "env.json").is_file():
+    starts = None if run is None else read_run_json(run / "env.json")
+    if starts is None:
         return 1, 0
-    facts = _json(run / "env.json")[-1]["facts"]
+    facts = starts[-1]["facts"]
     return int(facts["world"]), int(facts["threads"])
 
 
@@ -205,13 +206,15 @@ def _check_exists(source: Source) -> None:
 
 def _of_run(source: Source, config: Config) -> Subject:
     run = source.path
-    best = run / "models" / "checkpoint_best.pth"
+    best = export_path(run, "best")
     if source.which == "last" and not (run / "result.json").is_file():
-        held = f"{best.name} of epoch {_read(best)['epoch'] + 1}" if best.is_file() else "no export"
-        status = _json(run / "status.json") if (run / "status.json").is_file() else {}
+        held = "no export"
+        if best.is_file():
+            held = f"{best.name} of epoch {read_saved(best)['epoch'] + 1}"
+        status = read_status(run)
         state = (
             f"{status['state']} in epoch {status['epoch'] + 1} of {status['epochs']}, "
-            if (status)
+            if status
             else ""
         )
         remedy = " or evaluate --weights best" if best.is_file() else ""
@@ -219,10 +222,10 @@ def _of_run(source: Source, config: Config) -> Subject:
             f"{run} is not complete ({state}it has {held}), so there is no last epoch. Finish it "
             f"with `train.py --run.dir {run}`{remedy}."
         )
-    facts = facts_of(run, "last") if source.which == "last" else _read(best)
+    facts = facts_of(run, "last") if source.which == "last" else read_saved(best)
     network = models.build(facts["model"], facts["num_classes"])
     network.load_state_dict(facts["net"])
-    about = _json(run / "preprocessing.json")
+    about = read_complete(run, "preprocessing.json")
     return Subject(network.eval(), facts["num_classes"], about, _inference_of(run, config))
 
 
@@ -230,15 +233,15 @@ def _inference_of(run: Path | None, config: Config) -> Inference:
     """As the run computed; in float32 without a run."""
     if run is None:
         return Inference()
-    settings = _json(run / "ds_config.json")
+    settings = read_complete(run, "ds_config.json")
     return Inference(deepspeed_config.precision(settings), config.engine.channels_last)
 
 
 def _of_export(source: Source, config: Config) -> Subject:
     path, beside = source.path, source.path.with_name(source.path.name + ".json")
     about = None
-    if beside.is_file():
-        facts = _json(beside)
+    facts = read_run_json(beside)
+    if facts is not None:
         if facts.get("format") != "state-dict":
             raise PskdError(
                 f"{path} is of format {facts.get('format')}: evaluate one of `pskd export --format "
@@ -246,9 +249,9 @@ def _of_export(source: Source, config: Config) -> Subject:
             )
         about = facts["preprocessing"]
     else:
-        facts = _read(path)
-        if source.run is not None and (source.run / "preprocessing.json").is_file():
-            about = _json(source.run / "preprocessing.json")
+        facts = read_saved(path)
+        if source.run is not None:
+            about = read_run_json(source.run / "preprocessing.json")
     if "model" not in facts or "num_classes" not in facts:
         raise PskdError(
             f"{path} does not say which network it holds, and there is no {beside.name} beside it: "
@@ -263,26 +266,6 @@ def _of_export(source: Source, config: Config) -> Subject:
     network.load_state_dict(weights)
     inference = _inference_of(source.run, config)
     return Subject(network.eval(), facts["num_classes"], about, inference)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The content of an export of the trainer."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise PskdError(f"{path}: no such file.") from error
-    except Exception as error:  # of a foreign file, torch's unpickler raises anything
-        raise PskdError(f"{path} holds no weights that can be read: {error}") from error
-    if not isinstance(content, dict):
-        raise PskdError(f"{path} holds no weights: a dict of tensors is expected.")
-    return content
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PskdError(f"{path} cannot be read: {error}.") from error
 
 
 def _check_names(

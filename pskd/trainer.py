@@ -16,6 +16,7 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.data.interface import Data
 from pskd.data.mix import Mixer
+from pskd.data.transfer import to_device
 from pskd.engine import Engine
 from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError
 from pskd.guard import Guard, StopRequest
@@ -229,7 +230,7 @@ class Trainer:
         """Samples whose image showed mostly something else keep their older rows."""
         if strangers:
             known = np.setdiff1d(np.arange(len(ids_B)), strangers)
-            ids_B, rows_BC = ids_B[known], rows_BC[torch.from_numpy(known).to(rows_BC.device)]
+            ids_B, rows_BC = ids_B[known], rows_BC[to_device(known, rows_BC.device)]
         store.remember(ids_B, rows_BC)
 
     def _refuse_bad_loss(self, step: TrainedStep) -> None:

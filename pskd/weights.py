@@ -2,17 +2,16 @@
 
 import hashlib
 import io
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pskd.errors import PskdError
-from pskd.files import write_atomically
+from pskd.files import read_run_json, write_atomically
 from pskd.models.public_names import translate
 
 
@@ -45,9 +44,38 @@ def export_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         ) from error
 
 
+def export_path(run: Path, which: int | Literal["best"]) -> Path:
+    """Where a run exports the weights of its best epoch, or of a 0-based one."""
+    return run / "models" / f"checkpoint_{which if which == 'best' else which + 1}.pth"
+
+
 def export_bytes(model: nn.Module) -> int:
     """Size of a file that `export_weights` writes, about."""
     return sum(tensor.nbytes + 512 for tensor in model.state_dict().values())
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, on the CPU: an export of ours, or another dict.
+
+    Raises:
+        PskdError: no such file, or it holds something else, none of which was executed.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise PskdError(
+            f"{path}: no such file. Name an export, a complete run, or a file of weights."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise PskdError(
+            f"{path} holds no weights but other things than tensors, numbers and text. It was "
+            "not executed: name a file of weights."
+        ) from error
+    except Exception as error:  # of a foreign file, torch's unpickler raises anything
+        raise PskdError(f"{path} holds no weights that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise PskdError(f"{path} holds no weights: a dict of tensors is expected.")
+    return content
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -60,29 +88,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         PskdError: nothing of the kind.
     """
-    file = path
-    try:
-        if (path / "result.json").is_file():
-            last = json.loads((path / "result.json").read_text())["last"]
-            file = path / "models" / f"checkpoint_{last['epoch'] + 1}.pth"
-        elif path.is_dir():
-            file = path / "state.pt"
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise PskdError(
-            f"{file}: no such file. Name an export, a complete run, or a file of weights."
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise PskdError(
-            f"{file} holds no weights but other things than tensors, numbers and text. It was "
-            "not executed: name a file of weights."
-        ) from error
-    except Exception as error:  # of a foreign file, torch's unpickler raises anything
-        raise PskdError(f"{file} holds no weights that can be read: {error}") from error
+    file = path / "state.pt" if path.is_dir() else path
+    result = read_run_json(path / "result.json")
+    if result is not None:
+        try:
+            file = export_path(path, result["last"]["epoch"])
+        except (KeyError, TypeError) as error:
+            raise PskdError(
+                f"{path} holds no weights: its result.json is of no run. Name a file of weights."
+            ) from error
+    content = read_saved(file)
     for key in ("engine", "net", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+        if isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not _are_weights(content):
+    if not content or not _are_weights(content):
         raise PskdError(f"{file} holds no weights: a dict of tensors is expected.")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 

@@ -168,6 +168,19 @@ def test_the_samples_that_are_measured_are_refused_under_any_name(pool, run, tmp
     assert f"--fit {file}: 301 of its samples are among those that are measured" in message
 
 
+@pytest.mark.parametrize(
+    "name", ["result.json", "preprocessing.json", "ds_config.json", "models/checkpoint_2.pth"]
+)
+def test_a_damaged_file_of_a_run_is_named(pool, run, tmp_path, name):
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    content = (damaged / name).read_bytes()
+    (damaged / name).write_bytes(content[: len(content) // 2])
+    message = evaluated(pool, 1, damaged)
+    assert isinstance(message, str)
+    assert message.startswith(f"{damaged / name} ")
+
+
 def test_an_unfinished_run_says_what_it_has(pool, run, tmp_path):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished)
@@ -183,6 +196,8 @@ def test_an_unfinished_run_says_what_it_has(pool, run, tmp_path):
     assert "--weights best" in message
     expected = {name: result(run)["best"][name] for name in MEASURES}
     assert evaluated(pool, 1, unfinished, which="best").raw.measures == expected
+    (unfinished / "status.json").write_text("")
+    assert "is not complete (it has checkpoint_best.pth" in evaluated(pool, 1, unfinished)
     (unfinished / "models" / "checkpoint_best.pth").unlink()
     assert "it has no export" in evaluated(pool, 1, unfinished)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -115,6 +116,26 @@ def test_exports_are_refused_with_the_remedy(run, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(export_module, "_ONNX_PACKAGES", ("onnx", "a_package_that_is_not_there"))
     assert main(["export", str(run), "--format", "onnx"]) == 1
     assert 'pip install "pskd[onnx]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("result.json", "Remove it: `train.py --run.dir"),
+        ("preprocessing.json", "Remove it: `train.py --run.dir"),
+        ("models/checkpoint_3.pth", "holds no weights"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 99, b"\xff\xfe", b"Quick notes\n"])
+def test_a_damaged_file_of_a_run_is_named(run, tmp_path, capsys, name, remedy, content):
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    (damaged / name).write_bytes(content)
+    assert main(["export", str(damaged)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {damaged / name} ")
+    assert remedy in error
+    assert error.count("\n") == 1
 
 
 # --- networks in the layout of the public code, written from its names and shapes ----------------

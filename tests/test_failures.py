@@ -175,6 +175,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
     assert result(run_dir)["weights_sha256"] == hash_before
 
 
+def test_an_empty_status_keeps_no_start_from_going_on(tmp_path):
+    run_dir = tmp_path / "run"
+    assert forked.train(run_dir, *BRIEF, processes=None).process.returncode == 0
+    (run_dir / "status.json").write_text("")
+    job = forked.train(run_dir, *BRIEF, processes=None)
+    assert job.process.returncode == 0, job.output()
+    assert status(run_dir)["state"] == "complete"
+
+
 def test_a_pickle_in_a_checkpoint_is_never_executed(tmp_path):
     """Whoever can write into a run directory can vouch for a file, but not make it run."""
     run_dir, proof = tmp_path / "run", tmp_path / "executed"

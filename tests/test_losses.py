@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pskd.data.batch import Batch, Mix
 from pskd.methods import cskd, label_smoothing, registry, tfkd
 from pskd.methods.interface import Past
+from pskd.methods.labels import add_at_labels
 from pskd.methods.pskd import (
     PSKD,
     PSKDByModel,
@@ -745,3 +747,43 @@ def test_soft_targets_state_the_same_as_the_refined_cross_entropy():
         loss_B, _ = RefinedCrossEntropy.apply(z, labels[:, None], 1 - weight[:, None], past, weight)
         stated_B = soft_cross_entropy_per_sample(z, soft_targets(labels, past, alpha))
         torch.testing.assert_close(loss_B, stated_B)
+
+
+# --- mixed labels of one class ---------------------------------------------------------------
+
+
+class LabelsAtOnce(TorchDispatchMode):
+    """How many labels of a sample each scatter_add_ adds at."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.scatter_add_.default:
+            self.seen.append(args[2].shape[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_class_is_added_to_twice_in_one_call():
+    """On a GPU the two would come in any order, and equal runs would differ in the last bit."""
+    labels = torch.tensor([[3, 3], [1, 2], [0, 0]])
+    shares = torch.tensor([[0.3, 0.7], [0.1, 0.9], [0.5, 0.5]])
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    past, weight = torch.full((3, 5), 0.2), torch.full((3,), 0.4)
+    with LabelsAtOnce() as at_once:
+        tfkd._reg_kl(logits.detach(), labels, shares, 20.0, "mean")
+        RefinedCrossEntropy.apply(logits, labels, shares * 0.6, past, weight)[0].sum().backward()
+    assert at_once.seen == [1] * 4
+
+
+@few
+@given(seed=st.integers(0, 2**32 - 1), classes=st.sampled_from([1, 2, 5, 100]))
+def test_one_label_after_the_other_adds_to_the_same_bits_as_all_at_once(seed, classes):
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.randn(64, classes, generator=generator)
+    parts = torch.randn(64, 2, generator=generator)
+    labels = torch.randint(0, classes, (64, 2), generator=generator)
+    expected = sums.scatter_add(1, labels, parts)
+    add_at_labels(sums, labels, parts)
+    assert torch.equal(sums, expected)

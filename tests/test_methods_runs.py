@@ -549,6 +549,15 @@ def _saved(value):
     return content.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("content", "part"), [("{", r"result\.json cannot be read"), ("[]", r"holds no weights")]
+)
+def test_a_damaged_result_is_named(tmp_path, content, part):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(PskdError, match=part):
+        read_weights(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["Quick notes\n", "Results of run 3\n", "bn1.weight: 64\n"])
 def test_a_text_is_no_file_of_weights(tmp_path, text):
     path = tmp_path / "notes.txt"

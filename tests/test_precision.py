@@ -248,6 +248,76 @@ def test_every_engine_resumes_to_the_same_bits(pool, tmp_path, name, flags):
         assert straight == resumed
 
 
+def settings_after_loading(world: World, name: str, directory: str, *flags: str) -> dict:
+    """Of an engine with these flags, which goes on from one with the default settings."""
+    path = Path(directory)
+    before = engine_of(world, name)
+    train_steps(world, before, range(2))
+    checkpoints = Checkpoints(path, 1)
+    checkpoints.register("engine", before)
+    position = Position(0, 2)
+    if before.sharded:
+        aside = checkpoints.open_aside(position, create=world.rank == 0)
+        world.gather(None)
+        before.save_shards(aside)
+    if world.rank == 0:
+        checkpoints.save(position)
+    world.gather(None)
+    engine = engine_of(world, name, *flags)
+    _, state = checkpoints.read(position.name)
+    engine.load_state_dict(state["engine"])
+    if engine.sharded:
+        engine.load_shards(path / position.name)
+    same_weights = flat(engine) == flat(before)
+    settings = [
+        {key: group[key] for key in ("weight_decay", "momentum", "nesterov", "foreach")}
+        for group in engine._optimizer.param_groups
+    ]
+    clip_norm = engine._optimizer.clip_grad if engine.sharded else None
+    train_steps(world, before, range(2, 4))
+    train_steps(world, engine, range(2, 4))
+    return {
+        "settings": settings,
+        "clip_norm": clip_norm,
+        "same weights": same_weights,
+        "trained alike": flat(engine) == flat(before),
+    }
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp32-zero1", "fp32-zero2"])
+def test_the_settings_of_the_new_run_count_after_loading(pool, tmp_path, name):
+    """Weights and momentum are the other run's; weight decay and the rest are not."""
+    flags = (
+        "--optimizer.weight_decay=0.01",
+        "--optimizer.momentum=0.5",
+        "--optimizer.nesterov=false",
+        "--optimizer.implementation=foreach",
+        "--optimizer.clip_norm=0.25",
+    )
+    settings = {"weight_decay": 0.01, "momentum": 0.5, "nesterov": False, "foreach": True}
+    for found in pool(2).run(settings_after_loading, name, str(tmp_path), *flags):
+        assert found == {
+            "settings": [settings],
+            "clip_norm": None if name == "fp32" else 0.25,
+            "same weights": True,
+            "trained alike": False,
+        }
+
+
+def from_fp32_to_fp16(world: World) -> tuple[float, bool]:
+    """The scale that an fp16 engine has after it has loaded fp32 state; whether it trains on."""
+    before, engine = engine_of(world, "fp32"), engine_of(world, "fp16")
+    train_steps(world, before, range(2))
+    engine.load_state_dict(before.state_dict())
+    scale = engine.state_dict()["scaler"]["scale"]
+    train_steps(world, engine, range(2, 4))
+    return scale, flat(engine) != flat(before)
+
+
+def test_fp16_goes_on_from_fp32_with_a_fresh_scale(pool):
+    assert pool(2).run(from_fp32_to_fp16) == [(65536.0, True)] * 2
+
+
 def shards_of_another_world(world: World) -> str:
     engine = engine_of(world, "fp32-zero1")
     try:

@@ -336,6 +336,18 @@ class TestRefusals:
         message = self.refusal(jobs, tmp_path / "new", *flags)
         assert "written for encoding float16, not uint8-log" in message
 
+    def test_other_groups_of_parameters(self, jobs, tmp_path, source):
+        """Nothing of the refused start is in the way of what the message says to do."""
+        new, checkpoint = tmp_path / "new", source / "checkpoints" / MIDDLE
+        flags = (*FLAGS, "--optimizer.decay_norm_and_bias=false")
+        message = self.refusal(jobs, new, *flags, "--resume", checkpoint)
+        assert message.startswith(
+            f"run.resume {checkpoint}: optimizer.decay_norm_and_bias was True, now False"
+        )
+        assert "instead of --resume, give --model.init a checkpoint" in message
+        assert not (new / "checkpoints").exists()
+        jobs.complete(new, *flags, f"--model.init={checkpoint}")
+
     @pytest.mark.parametrize("damage", ["state", "missing segment", "damaged segment"])
     def test_a_damaged_checkpoint(self, jobs, tmp_path, stopped, damage):
         path = stopped / "checkpoints" / MIDDLE / "state.pt"

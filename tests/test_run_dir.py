@@ -263,6 +263,21 @@ class TestSmallFiles:
         run.write_json("result.json", {"best": [1, None, 0.5]})
         assert run.read_json("result.json") == {"best": [1, None, 0.5]}
 
+    @pytest.mark.parametrize(
+        ("name", "remedy"),
+        [
+            ("result.json", "Remove it: `train.py --run.dir {run}` writes it again"),
+            ("env.json", "Restore it."),  # it numbers the starts
+        ],
+    )
+    @pytest.mark.parametrize("content", [b"", b'{"a"', b"\xff"])
+    def test_a_damaged_json_is_named_with_what_to_do(self, run, name, remedy, content):
+        (run.path / name).write_bytes(content)
+        with pytest.raises(PskdError) as caught:
+            run.read_json(name)
+        assert str(caught.value).startswith(f"{run.path / name} cannot be read (")
+        assert remedy.format(run=run.path) in str(caught.value)
+
     def test_nothing_is_left_beside_what_was_written(self, run):
         run.write_json("a.json", 1)
         run.write_metrics([{}])
@@ -363,6 +378,26 @@ class TestStatus:
         assert fail(run.path, 0, "lost a peer, at last") is not None
         status.write("complete", None, 2, 0)
         assert run.read_json("status.json")["state"] == "complete"
+
+    @pytest.mark.parametrize("content", [b"", b'{"state": "run', b"\0" * 64, b"\xff\xfe", b"[]"])
+    def test_a_damaged_one_keeps_no_run_from_going_on_or_failing(self, run, content):
+        """As a disk that was full or a machine that lost its power may leave it."""
+        path = run.path / "status.json"
+        path.write_bytes(content)
+        assert fail(run.path, 0, "early") is None
+        assert run.read_json("status.json")["reason"] == "early"
+        path.write_bytes(content)
+        status = Status(run, epochs=2, start=1)
+        status.beat(0, 3)
+        assert run.read_json("status.json")["step"] == 3
+        path.write_bytes(content)
+        status.write("complete", None, 2, 0)
+        assert run.read_json("status.json")["state"] == "complete"
+
+    def test_a_damaged_one_does_not_hide_the_owner(self, path, owner):
+        (path / "status.json").write_text("{")
+        with pytest.raises(PskdError, match=f"{path} is in use by process {owner.pid}"):
+            RunDir(path).acquire(wait_s=0)
 
     @needs_root
     def test_a_full_disk_does_not_hide_the_failure(self, tmp_path):

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pskd.errors import PskdError
+from pskd.errors import DamagedError, PskdError
 from pskd.store import format as fmt
 from pskd.store.format import HEADER_BYTES, Entry, FormatError, Header
 from pskd.store.generation import Generation
@@ -319,6 +319,21 @@ class TestDamage:
             message = refusal(path, entry)
             assert str(path) in message
             assert "truncated" in message or "header bytes" in message, (size, message)
+
+    @pytest.mark.parametrize("left", [0, 1, HEADER.row_bytes - 1])
+    def test_a_row_that_is_cut_off_while_it_is_read_is_nobodys_prediction(self, tmp_path, left):
+        """The file becomes shorter after it was opened: what was in the buffer is not a row."""
+        path = tmp_path / "seg.psk"
+        _, rows, entries = write(path, [4])
+        reader = SegmentReader(path, entries[-1], for_read=True)
+        ((_, units),) = reader.ids_and_units()
+        found = np.empty_like(rows)
+        reader.read(units, found)
+        assert (found == rows).all()
+        os.truncate(path, HEADER_BYTES + int(units[2]) * reader.header.stride + left)
+        reader.read(units[:2], found[:2])
+        with pytest.raises(DamagedError, match=f"{path}: cut short"):
+            reader.read(units, found)
 
     def test_a_missing_file_is_named_with_a_remedy(self, tmp_path):
         message = refusal(tmp_path / "seg.psk", Entry("seg.psk", 1, 0))

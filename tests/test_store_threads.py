@@ -14,9 +14,14 @@ import torch
 
 from pskd.errors import PskdError
 from pskd.store import open_generation, segment
+from pskd.store.appender import _Slot
 from pskd.store.format import HEADER_BYTES
 from pskd.store.peers import Alone
+from pskd.store.registry import create_encoding
+from pskd.store.segment import Chunk
 from pskd.store.store import Store, StoreOptions
+from pskd.store.worker import Worker
+from pskd.trainer import Trainer
 from tests.system import mounted, needs_root, processes
 
 N, C = 64, 6
@@ -557,6 +562,61 @@ def elsewhere(function, *args):
         return executor.submit(function, *args).result()
 
 
+class TestMemoryForCopies:
+    """A GPU makes the host wait for copies into memory that is not contiguous."""
+
+    @pytest.mark.parametrize("rows", [1, 5, 16])
+    @pytest.mark.parametrize("row_bytes", [200, 1000, 2000])
+    def test_rows_and_checks_of_any_batch_are_contiguous(self, row_bytes, rows):
+        slot = _Slot(row_bytes, 16, torch.device("cpu"))
+        units_BS, rows_BR = slot.chunk.units_BS(rows), slot.chunk.rows_BR(rows)
+        assert units_BS.is_contiguous()
+        assert slot.checks_2B(rows).is_contiguous()
+        assert slot.checks_2B(rows).shape == (2, rows)
+        assert units_BS.data_ptr() == rows_BR.data_ptr()
+        assert units_BS.stride() == rows_BR.stride()
+        assert rows_BR.shape == (rows, row_bytes)
+
+    @pytest.mark.parametrize("encoding", ["float32", "float16", "uint8-log", "top2"])
+    def test_what_fills_up_a_unit_may_hold_anything(self, encoding):
+        """As where whole units are copied: the chunk is the same as of rows alone."""
+        encoding, ids = create_encoding(encoding), np.arange(5)
+        row_bytes = encoding.row_bytes(C)
+        contents = []
+        for whole in (False, True):
+            chunk = Chunk(row_bytes, 16)
+            if whole:
+                units_BS = torch.full_like(chunk.units_BS(5), 255)
+                encoding.encode(probabilities(0, 5), units_BS[:, :row_bytes])
+                chunk.units_BS(5).copy_(units_BS)
+            else:
+                encoding.encode(probabilities(0, 5), chunk.rows_BR(5))
+            content, crc = chunk.seal(ids)
+            contents.append((bytes(content), crc))
+        assert contents[0] == contents[1]
+
+
+class TestDevice:
+    def test_a_worker_makes_its_gpu_current_before_anything_else(self, monkeypatch):
+        """On its own thread: the current device is a thread's, and at first GPU 0."""
+        happened = []
+        monkeypatch.setattr(
+            torch.cuda,
+            "set_device",
+            lambda device: happened.append((threading.current_thread().name, device)),
+        )
+        worker = Worker("store-test", torch.device("cuda", 3))
+        worker.submit(lambda: happened.append("work")).wait()
+        worker.close()
+        assert happened == [("store-test", 3), "work"]
+
+    def test_on_a_cpu_there_is_nothing_to_make_current(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch.cuda, "set_device", None)
+        store, rows = filled(tmp_path)
+        assert torch.equal(store.past(np.arange(N))[0], rows)
+        store.close()
+
+
 class TestCost:
     def test_a_generation_of_imagenet_takes_little_memory(self, tmp_path):
         taken, state = elsewhere(train_at_scale, tmp_path)
@@ -604,6 +664,46 @@ def test_a_gpu_reads_and_remembers_what_a_cpu_does(tmp_path, encoding, classes):
             on_cpu, on_gpu = kept["cpu", epoch, step], kept["cuda", epoch, step]
             assert torch.equal(on_cpu[1], on_gpu[1])
             torch.testing.assert_close(on_gpu[0], on_cpu[0], rtol=1e-5, atol=1e-7)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", ["float32", "float16", "uint8-log", "top2"])
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_no_call_makes_the_host_wait_for_the_gpu(tmp_path, encoding, classes):
+    """Rows that fill no unit, a short last batch, images that keep their older rows."""
+    options = {"encoding": encoding, "n": 3 * 16 + 5, "classes": classes, "device": "cuda:0"}
+    store = new_store(tmp_path, **options)
+    sizes = (16, 16, 16, 5)
+    for epoch in range(3):
+        store.begin_epoch(epoch)
+        probs = [probabilities(step, size, classes).cuda() for step, size in enumerate(sizes)]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if epoch else "default")  # 0: buffers are made
+        try:
+            for step, (size, probs_BC) in enumerate(zip(sizes, probs, strict=True)):
+                ids = np.arange(16 * step, 16 * step + size)
+                store.past(ids)
+                Trainer._remember(None, store, ids, probs_BC, [0, 3] if epoch == 1 else [])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    store.commit()
+    store.close()
+    # That mode does not see copies into memory that is not pinned.
+    slot = _Slot(create_encoding(encoding).row_bytes(classes), 16, torch.device("cuda", 0))
+    for destination in (slot.chunk.units_BS(5), slot.checks_2B(5)):
+        assert destination.is_pinned()
+        assert destination.is_contiguous()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.gpu
+def test_a_worker_is_on_the_gpu_of_its_rank():
+    found = []
+    worker = Worker("store-test", torch.device("cuda", 1))
+    worker.submit(lambda: found.append(torch.cuda.current_device())).wait()
+    worker.close()
+    assert found == [1]
 
 
 @needs_gpu

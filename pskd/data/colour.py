@@ -8,6 +8,9 @@ brightness, contrast and saturation in random order; without clipping they commu
 Letters: B samples, P pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -51,8 +54,23 @@ def maps(seed: int, epoch: int, ids_B: Ids, view: str = "") -> Maps:
 
 
 def apply(maps_B37: Tensor, images_BCHW: Tensor) -> Tensor:
-    """The maps on images in [0, 1]: float32 (B, 3, H, W), contiguous."""
+    """The maps on images in [0, 1]: float32 (B, 3, H, W), contiguous. Exact, also with tf32."""
     pixels_B3P = images_BCHW.flatten(2)
     mean_B31 = pixels_B3P.mean(dim=2, keepdim=True)
-    shift_B31 = torch.baddbmm(maps_B37[:, :, 6:], maps_B37[:, :, 3:6], mean_B31)
-    return torch.baddbmm(shift_B31, maps_B37[:, :, :3], pixels_B3P).view_as(images_BCHW)
+    with _without_tf32():
+        shift_B31 = torch.baddbmm(maps_B37[:, :, 6:], maps_B37[:, :, 3:6], mean_B31)
+        return torch.baddbmm(shift_B31, maps_B37[:, :, :3], pixels_B3P).view_as(images_BCHW)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Inside, a GPU multiplies with all bits of float32, whatever the network may use."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_tf32
+    try:
+        if allowed:
+            matmul.allow_tf32 = False
+        yield
+    finally:
+        if allowed:
+            matmul.allow_tf32 = True

@@ -25,3 +25,13 @@ def cross_entropy(logits_BC: Tensor, labels_BK: Tensor, shares_BK: Tensor) -> Te
     if labels_BK.shape[1] == 1:
         return F.cross_entropy(logits_BC, labels_BK[:, 0], reduction="none")
     return -(F.log_softmax(logits_BC, dim=1).gather(1, labels_BK) * shares_BK).sum(dim=1)
+
+
+def add_at_labels(sums_BC: Tensor, labels_BK: Tensor, parts_BK: Tensor) -> None:
+    """Add part k of each sample to the class of its label k, in place.
+
+    One label after the other: where both labels of a sample are the same class, a single call on a
+    GPU would add the two parts in any order, and the last bit with it.
+    """
+    for k in range(labels_BK.shape[1]):
+        sums_BC.scatter_add_(1, labels_BK[:, k : k + 1], parts_BK[:, k : k + 1])

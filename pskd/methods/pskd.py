@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from pskd.data.batch import Batch
 from pskd.methods.interface import Forward, Network, Output, Past, Stateless
-from pskd.methods.labels import cross_entropy, labels_and_shares
+from pskd.methods.labels import add_at_labels, cross_entropy, labels_and_shares
 from pskd.methods.sections import PSKDSection
 
 
@@ -123,7 +123,7 @@ class RefinedCrossEntropy(torch.autograd.Function):
         probs_BC, labels_BK, hard_BK, past_BC, weight_B = ctx.saved_tensors
         grad_BC = probs_BC * grad_B[:, None]
         grad_BC.addcmul_(past_BC, (-grad_B * weight_B)[:, None])
-        grad_BC.scatter_add_(1, labels_BK, -grad_B[:, None] * hard_BK)
+        add_at_labels(grad_BC, labels_BK, -grad_B[:, None] * hard_BK)
         return grad_BC, None, None, None, None
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pskd.data.batch import Batch
 from pskd.errors import PskdError
 from pskd.methods.interface import Forward, Network, Output, Past, Stateless
-from pskd.methods.labels import cross_entropy, labels_and_shares
+from pskd.methods.labels import add_at_labels, cross_entropy, labels_and_shares
 from pskd.methods.sections import TFKDRegSection, TFKDSelfSection
 
 Reduction = Literal["mean", "batchmean"]
@@ -70,7 +70,7 @@ def _reg_kl(
     classes = logits_BC.shape[1]
     other = (1 - _CORRECT) / (classes - 1)
     made_BC = torch.full_like(logits_BC, other)
-    made_BC.scatter_add_(1, labels_BK, (_CORRECT - other) * shares_BK.to(made_BC.dtype))
+    add_at_labels(made_BC, labels_BK, (_CORRECT - other) * shares_BK.to(made_BC.dtype))
     teacher_BC = F.log_softmax(made_BC / temperature, dim=1)
     return _kl(F.log_softmax(logits_BC, dim=1), teacher_BC, kl_reduction)
 

@@ -1,6 +1,5 @@
 """Runs side by side: the five measures of each, last epoch first, the best beside it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,9 +7,10 @@ from typing import Any
 
 from pskd import recipe
 from pskd.errors import PskdError
+from pskd.files import read_run_json
 from pskd.report.origin import described, published
 from pskd.report.table import MEASURE_COLUMNS, Table
-from pskd.run_dir import saved_settings
+from pskd.run_dir import read_complete, saved_settings
 
 
 def comparison(runs: Sequence[Path]) -> Table:
@@ -74,11 +74,10 @@ def different_data(runs: Sequence[Path]) -> str | None:
 
 def _measured_on(run: Path) -> str:
     text = described(saved_settings(run).get("data", {"name": "unnamed data"}))
-    try:
-        classes = len(json.loads((run / "preprocessing.json").read_text())["class_names"])
-    except (OSError, ValueError, KeyError, TypeError):  # of an older version
+    about = read_run_json(run / "preprocessing.json")
+    if about is None:  # of an older version
         return text
-    return f"{text}, {classes} classes"
+    return f"{text}, {len(about['class_names'])} classes"
 
 
 def _row(run: Path, label: str) -> list[str]:
@@ -108,18 +107,7 @@ def _cell(values: list[float | None], published: float | None, digits: int) -> s
 
 def _result(run: Path) -> dict[str, Any]:
     saved_settings(run)  # is it a run at all
-    try:
-        result: dict[str, Any] = json.loads((run / "result.json").read_text())
-    except OSError as error:
-        raise PskdError(
-            f"{run} holds no complete run ({error.strerror}: result.json). "
-            f"`train.py --run.dir {run}` resumes it."
-        ) from error
-    except ValueError as error:
-        raise PskdError(
-            f"{run / 'result.json'} cannot be read ({error}). Remove it: "
-            f"`train.py --run.dir {run}` writes it again, without training again."
-        ) from error
+    result: dict[str, Any] = read_complete(run, "result.json")
     return result
 
 

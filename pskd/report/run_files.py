@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from pskd.errors import PskdError
+from pskd.files import read_run_json
 from pskd.metrics import Records
 from pskd.report.origin import described
-from pskd.run_dir import Sections, saved_settings
+from pskd.run_dir import Sections, read_status, saved_settings
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 
@@ -78,17 +79,17 @@ def read(path: Path) -> RunFiles:
         raise PskdError(
             f"{path} has no finished epoch yet: `train.py --run.dir {path}` goes on with it."
         )
-    result = _json(path / "result.json")
+    result = read_run_json(path / "result.json")
     evaluated = [line for line in lines if line["top1_error"] is not None]
-    preprocessing = _json(path / "preprocessing.json")
+    preprocessing = read_run_json(path / "preprocessing.json")
     return RunFiles(
         path=path,
         settings=settings,
         lines=lines,
         complete=result is not None,
-        status=_json(path / "status.json") or {},
+        status=read_status(path),
         best=min(evaluated, key=lambda line: line["top1_error"], default=None),
-        starts=_json(path / "env.json") or [],
+        starts=read_run_json(path / "env.json") or [],
         class_names=None if preprocessing is None else preprocessing["class_names"],
         records=_records(path / "evaluation.npz") if result is not None else None,
     )
@@ -115,13 +116,6 @@ def _lines(path: Path) -> list[Line]:
         for line in lines:
             line["epoch"], line["top1_error"]
     return lines
-
-
-def _json(path: Path) -> Any:
-    if not path.exists():
-        return None
-    with _whole(path):
-        return json.loads(path.read_text())
 
 
 def _records(path: Path) -> Records | None:

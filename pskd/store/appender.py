@@ -4,7 +4,7 @@ On the training thread: encode, copy into a free buffer (pinned and asynchronous
 writing thread: wait for the copy, check, seal, one `pwrite`. Training waits only if the disk is
 so slow that every buffer is still on its way; that is counted.
 
-Letters: B samples of a step, C classes, R bytes of an encoded row.
+Letters: B samples of a step, C classes, R bytes of an encoded row, S bytes of its unit.
 """
 
 import time
@@ -30,21 +30,26 @@ class _Slot:
     def __init__(self, row_bytes: int, rows: int, device: torch.device) -> None:
         gpu = device.type == "cuda"
         self.chunk = Chunk(row_bytes, rows, pinned=gpu)
-        self.checks_2B = torch.empty(2, rows, pin_memory=gpu)  # the sum and the least of each row
+        self._checks = torch.empty(2 * rows, pin_memory=gpu)
         self.copied = torch.Event("cuda") if gpu else None
         self.written: Task | None = None
+
+    def checks_2B(self, rows: int) -> Tensor:
+        """For the sum and the least number of each row: contiguous, as `Chunk.units_BS`."""
+        return self._checks[: 2 * rows].view(2, rows)
 
 
 class Appender:
     """Appends steps to segments, in order, on a thread of its own."""
 
-    def __init__(self, encoding: Encoding, classes: int) -> None:
+    def __init__(self, encoding: Encoding, classes: int, device: torch.device) -> None:
+        """`device`: where predictions are made."""
         self.waits = Waits()
         self._encoding = encoding
         self._row_bytes = encoding.row_bytes(classes)
         self._slots: list[_Slot | None] = [None] * _SLOTS
         self._next = 0
-        self._worker = Worker("store-write")
+        self._worker = Worker("store-write", device)
         self._failure: BaseException | None = None
 
     def append(self, segment: SegmentWriter, epoch: int, ids_B: Ids, probs_BC: Tensor) -> None:
@@ -55,15 +60,15 @@ class Appender:
                 probabilities (names the samples). Nothing was written after it.
         """
         slot = self._free_slot(len(ids_B), probs_BC.device)
-        rows_BR = slot.chunk.rows_BR(len(ids_B))
         checks_2B = torch.stack((probs_BC.sum(dim=1), probs_BC.amin(dim=1)))
-        slot.checks_2B[:, : len(ids_B)].copy_(checks_2B, non_blocking=True)
+        slot.checks_2B(len(ids_B)).copy_(checks_2B, non_blocking=True)
         if slot.copied is None:
-            self._encoding.encode(probs_BC, rows_BR)
+            self._encoding.encode(probs_BC, slot.chunk.rows_BR(len(ids_B)))
         else:
-            encoded_BR = torch.empty_like(rows_BR, device=probs_BC.device)
-            self._encoding.encode(probs_BC, encoded_BR)
-            rows_BR.copy_(encoded_BR, non_blocking=True)
+            units_BS = slot.chunk.units_BS(len(ids_B))
+            encoded_BS = torch.empty_like(units_BS, device=probs_BC.device)
+            self._encoding.encode(probs_BC, encoded_BS[:, : self._row_bytes])
+            units_BS.copy_(encoded_BS, non_blocking=True)
             slot.copied.record()
         slot.written = self._worker.submit(partial(self._write, slot, segment, epoch, ids_B))
 
@@ -100,7 +105,7 @@ class Appender:
         try:
             if slot.copied is not None:
                 slot.copied.synchronize()
-            _refuse_nonsense(slot.checks_2B[:, : len(ids_B)], epoch, ids_B)
+            _refuse_nonsense(slot.checks_2B(len(ids_B)), epoch, ids_B)
             segment.append_chunk(ids_B, slot.chunk)
         except BaseException as error:
             self._failure = error

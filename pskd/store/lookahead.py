@@ -71,7 +71,7 @@ class Lookahead:
         self._device = device
         self._buffers = [_Buffer(device) for _ in range(_BUFFERS)]
         self._next = 0
-        self._worker = Worker("store-read")
+        self._worker = Worker("store-read", device)
         self._ahead: tuple[_Read, Task] | None = None
 
     def start(self, generation: Generation, ids_B: Ids) -> None:

@@ -39,14 +39,20 @@ class Chunk:
         self._stride = fmt.stride_of(row_bytes)
         size = fmt.chunk_units(capacity, self._stride) * self._stride
         self._bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
-        self._view: Tensor | None = None
+        self._view = self._rows(0)
 
     def rows_BR(self, rows: int) -> Tensor:
         """Where the encoded rows of the next chunk go: uint8 (B, R)."""
-        if self._view is None or len(self._view) != rows:  # batches are mostly of one size
-            prefix = fmt.prefix_units(rows, self._stride)
-            self._view = self._units(rows)[prefix:, : self._row_bytes]
+        if len(self._view) != rows:  # batches are mostly of one size
+            self._view = self._rows(rows)
         return self._view
+
+    def units_BS(self, rows: int) -> Tensor:
+        """The same with what fills up each unit, which may hold anything: contiguous (B, S).
+
+        Only into contiguous memory does a GPU copy without making the host wait.
+        """
+        return self._units(rows)[fmt.prefix_units(rows, self._stride) :]
 
     def seal(self, ids_B: Ids) -> tuple[memoryview, int]:
         """The bytes of a chunk whose rows are in place, and its crc."""
@@ -58,6 +64,9 @@ class Chunk:
         flat[fmt.PREFIX.size : ids_end] = ids_B.astype("<i8").view(np.uint8)
         flat[ids_end : fmt.prefix_units(rows, self._stride) * self._stride] = 0
         return flat.data, fmt.seal_chunk(flat.data, rows)
+
+    def _rows(self, rows: int) -> Tensor:
+        return self.units_BS(rows)[:, : self._row_bytes]
 
     def _units(self, rows: int) -> Tensor:
         size = fmt.chunk_units(rows, self._stride) * self._stride
@@ -236,12 +245,18 @@ class SegmentReader:
         """Rows of some units, one system call each: for file systems that map badly.
 
         Raises:
+            DamagedError: the file has become shorter.
             PskdError: the file cannot be read.
         """
         assert self._file is not None, "it was not opened for this"
         try:
             for unit, row_R in zip(units_B.tolist(), out_BR, strict=True):
-                os.preadv(self._file.fileno(), [row_R], fmt.HEADER_BYTES + unit * self._stride)
+                start = fmt.HEADER_BYTES + unit * self._stride
+                if os.preadv(self._file.fileno(), [row_R], start) != len(row_R):
+                    raise DamagedError(
+                        f"prediction store: {self.path}: cut short within the row at byte {start}.",
+                        REMEDY,
+                    )
         except OSError as error:
             raise PskdError(f"prediction store: {self.path}: {error.strerror}. {REMEDY}") from error
 

@@ -92,7 +92,7 @@ class Store:
         self._spread: dict[str, int] = {}  # bytes of its segments that are on every node
         self._writer: SegmentWriter | None = None
         self._readable: Generation | None = None
-        self._appender = Appender(self._encoding, classes)
+        self._appender = Appender(self._encoding, classes, device)
         self._lookahead = Lookahead(device)
         self._warming: _WarmUp | None = None
 

@@ -6,7 +6,10 @@ handing over 0.1 ms of work took the training thread 0.5 to 5 ms.
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
+
+import torch
 
 
 class Task:
@@ -42,10 +45,14 @@ class Task:
 class Worker:
     """One thread and its queue. A process may end without waiting for it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device | None = None) -> None:
+        """`device`: a GPU is made current on the thread first; else that is GPU 0, on any rank."""
         self._queue: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        if device is not None and device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.submit(partial(torch.cuda.set_device, index))
 
     def submit(self, work: Callable[[], None]) -> Task:
         """Do this after what was submitted before."""
