@@ -288,7 +288,7 @@ class Config:
         for section, _ in section_types(type(self.method)):
             getattr(self, section).check()
         values, defaults = self.flat(), self.defaults()
-        for key, by, reason in ignored(values):
+        for key, by, reason in ignored(values, self.method.keeps_predictions):
             causes = ", ".join(f"{name} {values[name]}" for name in by if name in values)
             require(
                 values[key] == defaults[key],

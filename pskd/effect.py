@@ -12,8 +12,11 @@ class Ignored(NamedTuple):
     reason: str
 
 
-def ignored(values: Mapping[str, Any]) -> Iterator[Ignored]:
-    """The options that nothing reads; values: flat `section.field` -> value, of all fields."""
+def ignored(values: Mapping[str, Any], keeps_predictions: bool) -> Iterator[Ignored]:
+    """The options that nothing reads.
+
+    values: flat `section.field` -> value, of all fields. keeps_predictions: see `MethodSection`.
+    """
     if values["mixing.name"] == "none":
         yield from _all("mixing.alpha mixing.probability", "mixing.name", "no images are mixed")
     erasing = values["erasing.name"]
@@ -37,7 +40,7 @@ def ignored(values: Mapping[str, Any]) -> Iterator[Ignored]:
     if values["data.held_out"]:
         reason = "training samples are held out instead of val/"
         yield from _all("data.val_index_path", "data.held_out", reason)
-    if values["method.name"] != "pskd" or values["method.teacher"] == "model":
+    if not keeps_predictions:
         yield from _all(
             "store.encoding store.read store.readahead_bytes",
             "method.name method.teacher",

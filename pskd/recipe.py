@@ -18,9 +18,8 @@ import yaml
 
 from pskd.errors import PskdError
 from pskd.fields import known
-from pskd.methods.sections import SECTIONS
+from pskd.methods.sections import METHODS
 
-_METHODS = list(SECTIONS)
 MEASURES = ("top1_error", "top5_error", "nll", "ece", "aurc")
 
 
@@ -61,8 +60,8 @@ def table(prefix: str) -> list[str]:
 
 def _place(name: str) -> tuple[list[str], int, list[str]]:
     words = name.split("-")
-    at = next((i for i, word in enumerate(words) if word in _METHODS), len(words))
-    method = _METHODS.index(words[at]) if at < len(words) else -1
+    at = next((i for i, word in enumerate(words) if word in METHODS), len(words))
+    method = list(METHODS).index(words[at]) if at < len(words) else -1
     return words[:at], method, words[at + 1 :]
 
 

@@ -15,7 +15,7 @@ from pskd import command_line
 from pskd.command_line import load
 from pskd.config import Config, ScheduleSection
 from pskd.errors import PskdError
-from pskd.methods.sections import SECTIONS, BaselineSection, PSKDSection
+from pskd.methods.sections import METHODS, BaselineSection, PSKDSection
 from pskd.order import Plan
 
 REPO = Path(__file__).parents[1]
@@ -440,7 +440,7 @@ def test_a_run_directory_without_configuration_starts_from_the_defaults(tmp_path
 
 def all_fields():
     kinds = [(f.name, f.type) for f in dataclasses.fields(Config) if f.name != "method"]
-    kinds += [("method", kind) for kind in SECTIONS.values()]
+    kinds += [("method", kind) for kind in METHODS.values()]
     return [(section, field) for section, kind in kinds for field in dataclasses.fields(kind)]
 
 
@@ -452,7 +452,7 @@ def test_every_field_has_a_tag_and_a_help(field):
     assert len(field.metadata["help"].split()) >= 2 or field.name in field.metadata["help"]
 
 
-@pytest.mark.parametrize("method", sorted(SECTIONS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_each_field_is_in_the_values_of_exactly_one_tag(method):
     teacher = ["--method.teacher", "somewhere"] if method == "tfkd_self" else []
     config = configured("--method.name", method, *teacher)
