@@ -13,7 +13,8 @@ from pskd import command_line, deepspeed_config, job
 from pskd.checkpoint import Checkpoints, Position
 from pskd.data import digits
 from pskd.data.arrays import ArrayData
-from pskd.data.mix import Erasing, Mixer, Mixing
+from pskd.data.mix import Mixer
+from pskd.data.sections import ErasingSection, MixingSection
 from pskd.engine import Engine
 from pskd.errors import AgreedDamage, AgreedError, DamagedError, PskdError
 from pskd.guard import Guard
@@ -92,7 +93,7 @@ def trainer_of(
         world=world,
         sites=Sites(world, [0] * world.size),
         run_dir=RunDir(Path(path)),
-        mixer=Mixer(0, Mixing(), Erasing()),
+        mixer=Mixer(0, MixingSection(), ErasingSection()),
         data=ArrayData(catalog, world.device, 0, 1, False),
         plan=plan,
         num_classes=10,

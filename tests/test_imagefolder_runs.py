@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from tests.launches import (
     wait_for_no_process,
 )
 from tests.photos import make_folder
+from tests.reading import changed
 from tests.system import needs_root
 from tests.test_dali import PLAIN, SEED, batches, damage, load
 from tests.test_failures import assert_refused
@@ -251,7 +251,7 @@ def outcomes(catalog, ids):
     found = {}
     plan = Plan(len(catalog.train), 24)
     for micro, batch in batches(
-        catalog, replace(PLAIN, on_bad_image="substitute"), plan=plan, epochs=EPOCHS
+        catalog, changed(PLAIN, on_bad_image="substitute"), plan=plan, epochs=EPOCHS
     ):
         for row, sample in enumerate(micro.ids_B.tolist()):
             if sample in ids:
