@@ -229,6 +229,12 @@ FOLDER = "--data.name=imagefolder"
         ([FOLDER, "--data.held_out=9", "--data.val_index_path=x"], "data.val_index_path", "held"),
         (["--method.name=cskd", "--store.encoding=float32"], "store.encoding", "name cskd"),
         (["--method.teacher=model", "--store.read=pread"], "store.read", "method.teacher model"),
+        (["--method.teacher=model", "--method.averaging=0.5"], "method.averaging", "teacher model"),
+        (["--data.name=digits", "--data.image_size=300"], "data.image_size", "data.name digits"),
+        (["--data.name=digits", "--data.root=x"], "data.root", "scikit-learn"),
+        (["--data.name=digits", "--data.download=true"], "data.download", "scikit-learn"),
+        ([FOLDER, "--data.pad_to=40"], "data.pad_to", "data.name imagefolder"),
+        (["--model.init=null", "--model.new_head=true"], "model.new_head", "model.init None"),
         (
             ["--optimizer.weight_decay=0", "--optimizer.decay_norm_and_bias=false"],
             "optimizer.decay_norm_and_bias",

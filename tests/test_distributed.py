@@ -339,7 +339,7 @@ def test_all_ranks_learn_of_requests_and_of_a_bad_loss(pool):
 
 def compare_configurations(world: World, flag: str) -> str:
     """What a rank hears when the last rank was given one more flag, `flag`."""
-    flags = ["--recipe", "digits-pskd"] + [flag] * (world.rank == world.size - 1)
+    flags = ["--recipe", "fashion-mnist-2k-pskd"] + [flag] * (world.rank == world.size - 1)
     try:
         job.compare_configurations(command_line.load(flags), world)
     except PskdError as error:

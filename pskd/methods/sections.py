@@ -140,16 +140,10 @@ class PSKDSection(MethodSection):
         return self.teacher == "table"
 
     def check(self) -> None:
-        """Convex weights; no averaging without a table."""
+        """Convex weights."""
         require(0 <= self.alpha_T <= 1, "method.alpha_T", self.alpha_T, "use a value in [0, 1].")
         require(
             0 <= self.averaging < 1, "method.averaging", self.averaging, "use a value in [0, 1)."
-        )
-        require(
-            self.averaging == 0 or self.teacher == "table",
-            "method.averaging",
-            self.averaging,
-            "only method.teacher table keeps rows that can be averaged.",
         )
 
 
