@@ -139,7 +139,7 @@ def _key(token: str) -> str:
 
 def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
     """Take --recipe, --config and the launchers' flags out; the rest are `section.field` flags."""
-    recipe: str | None = None
+    name: str | None = None
     config_files: list[str] = []
     flags: list[str] = []
     queue = list(argv)
@@ -160,12 +160,12 @@ def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
             if not value:
                 raise PskdError(f"{flag} needs a value.")
             if flag == "--recipe":
-                recipe = value
+                name = value
             else:
                 config_files.append(value)
         else:
             flags.append(flag + separator + value)
-    return recipe, config_files, flags
+    return name, config_files, flags
 
 
 def _config_of_run(flags: list[str]) -> list[str]:
