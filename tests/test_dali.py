@@ -24,6 +24,7 @@ from pskd import draws
 from pskd.data import colour, imagefolder
 from pskd.data.dali import DaliData
 from pskd.data.graph import make_pipeline
+from pskd.data.interface import validation_batches
 from pskd.data.views import PEER
 from pskd.errors import PskdError
 from pskd.order import Plan, Walk
@@ -148,7 +149,7 @@ def validated(catalog, options=PLAIN, *, rank=0, world=1, batch_size=64):
     data = DaliData(catalog, CPU, SEED, options)
     parts = [
         (images.clone(), labels.clone())
-        for images, labels in data.validation_batches(rank, world, batch_size)
+        for images, labels in validation_batches(data, rank, world, batch_size)
     ]
     images, labels = zip(*parts, strict=True)
     return torch.cat(images), torch.cat(labels)
@@ -354,7 +355,7 @@ def test_203_images_are_each_validated_once(catalog, once, world, batch_size):
     found, sizes = [], []
     for rank in range(world):
         data = DaliData(catalog, CPU, SEED, changed(PLAIN, prefetch=3))
-        for images, labels in data.validation_batches(rank, world, batch_size):
+        for images, labels in validation_batches(data, rank, world, batch_size):
             assert 1 <= len(labels) <= batch_size
             first = len(found)
             found += [digest(image) for image in images]
@@ -369,7 +370,7 @@ def test_ranks_without_a_sample_validate_nothing(catalog):
     counts = []
     for rank in range(5):
         data = DaliData(few, CPU, SEED, PLAIN)
-        counts.append(sum(len(labels) for _, labels in data.validation_batches(rank, 5, 8)))
+        counts.append(sum(len(labels) for _, labels in validation_batches(data, rank, 5, 8)))
     assert sorted(counts) == [0, 0, 0, 1, 1]
 
 
@@ -383,7 +384,9 @@ def test_validation_between_two_steps_disturbs_neither(catalog, expected, once):
         assert found == [expected[micro.epoch, sample] for sample in micro.ids_B.tolist()]
         if micro.step in (1, 4):
             validation = [
-                digest(image) for images, _ in data.validation_batches(0, 1, 50) for image in images
+                digest(image)
+                for images, _ in validation_batches(data, 0, 1, 50)
+                for image in images
             ]
             assert validation == once
 
@@ -797,7 +800,7 @@ def test_a_bad_validation_image_is_refused_by_its_path(small, kind):
     data = DaliData(catalog, CPU, SEED, changed(PLAIN, on_bad_image="substitute", prefetch=3))
     delivered = 0
     with pytest.raises(PskdError) as caught:
-        for _, labels in data.validation_batches(0, 1, 5):
+        for _, labels in validation_batches(data, 0, 1, 5):
             delivered += len(labels)
     assert delivered == 10
     what = "cannot be read: " if kind in GONE else "cannot be decoded"
@@ -1079,7 +1082,7 @@ def test_validation_on_a_gpu_counts_each_image_once_and_is_near_the_cpu(catalog)
     found, labels = [], []
     for rank in range(3):
         data = DaliData(catalog, device, SEED, changed(PLAIN, mixed=True))
-        for images, some in data.validation_batches(rank, 3, 32):
+        for images, some in validation_batches(data, rank, 3, 32):
             found.append(images.cpu())
             labels += some.tolist()
     assert labels == catalog.validation.labels_N.tolist()
@@ -1120,7 +1123,7 @@ def left_after_close(root):
     data.begin(walk, 0, 0)
     data.train_batch(next(walk.start(0, 0)))
     begun = threads()
-    abandoned = data.validation_batches(0, 1, 20)
+    abandoned = validation_batches(data, 0, 1, 20)
     next(abandoned)
     most = threads()
     abandoned.close()
@@ -1169,6 +1172,7 @@ import sys
 from pathlib import Path
 import psutil
 from pskd.data.dali import DaliData
+from pskd.data.interface import validation_batches
 from pskd.order import Plan, Walk
 from tests.reading import changed
 from tests.test_dali import CPU, PLAIN, SEED, load
@@ -1179,7 +1183,7 @@ data.begin(walk, 0, 0)
 for micro in walk.start(0, 0):
     data.train_batch(micro)
     if micro.step == 3:
-        for _ in data.validation_batches(0, 1, 20):
+        for _ in validation_batches(data, 0, 1, 20):
             pass
         print(psutil.Process().memory_info().rss, flush=True)
 """

@@ -13,6 +13,7 @@ from pskd import command_line, deepspeed_config, job
 from pskd.checkpoint import Checkpoints, Position
 from pskd.data import digits
 from pskd.data.arrays import ArrayData
+from pskd.data.interface import validation_batches
 from pskd.data.mix import Mixer
 from pskd.data.sections import ErasingSection, MixingSection
 from pskd.engine import Engine
@@ -253,7 +254,7 @@ def evaluate(world: World, path: str) -> tuple[dict[str, float | None], dict[str
     model = network_with_statistics(running_mean=float(world.rank))
     trainer = trainer_of(world, model, batch=20, path=path)
     sharded = trainer._evaluate(0)
-    ((images_BCHW, labels_B),) = trainer.data.validation_batches(0, 1, 1000)
+    ((images_BCHW, labels_B),) = validation_batches(trainer.data, 0, 1, 1000)
     with torch.no_grad():
         whole = summarize(network_with_statistics(0.0).eval()(images_BCHW), labels_B)
     return sharded, whole
@@ -282,7 +283,7 @@ def evaluation_file(world: World, path: str) -> list[list[int]]:
             found.append(arrays["rank"].tolist())
         dist.barrier(group=world.control)
         (Path(path) / "evaluation.npz").unlink(missing_ok=True)
-    ((images_BCHW, labels_B),) = trainer.data.validation_batches(0, 1, 1000)
+    ((images_BCHW, labels_B),) = validation_batches(trainer.data, 0, 1, 1000)
     with torch.no_grad():
         records = per_sample(network_with_statistics(0.0).eval()(images_BCHW), labels_B)
     return [*found, records.label_N.tolist(), records.rank_N.tolist()]

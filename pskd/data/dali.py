@@ -28,7 +28,7 @@ from pskd.data.imagefolder import EncodedSplit, FolderCatalog
 from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
 from pskd.errors import CommonError, PskdError
-from pskd.order import Ids, MicroBatch, Walk, validation_ranges
+from pskd.order import Ids, MicroBatch, Walk
 
 log = logging.getLogger("pskd")
 
@@ -121,16 +121,10 @@ class DaliData:
             absent=absent,
         )
 
-    def validation_batches(
-        self, rank: int, world: int, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of the rank's contiguous share; every sample is in one share.
-
-        Raises:
-            PskdError: an image cannot be decoded; names its path and id.
-        """
-        n = len(self._validation)
-        return self.validation_of(validation_ranges(n, rank, world, batch_size))
+    @property
+    def validation_size(self) -> int:
+        """Number of validation samples."""
+        return len(self._validation)
 
     def validation_of(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of some batches of validation samples, named by their numbers.

@@ -48,6 +48,7 @@ from pskd.data import colour, folder, index
 from pskd.data.dali import DaliData
 from pskd.data.graph import ImageOptions
 from pskd.data.imagefolder import EncodedSplit, FolderCatalog
+from pskd.data.interface import validation_batches
 from pskd.data.sections import DataSection
 from pskd.order import MicroBatch, Plan, Walk, epoch_order
 
@@ -351,7 +352,7 @@ def memory(images: Path, batch: int, threads: int, epochs: int) -> list[float]:
     for _ in range(epochs):
         for micro in itertools.islice(micros, plan.steps):
             data.train_batch(micro)
-        for _ in data.validation_batches(0, 1, batch):
+        for _ in validation_batches(data, 0, 1, batch):
             pass
         resident.append(psutil.Process().memory_info().rss / 1e6)
     data.close()
