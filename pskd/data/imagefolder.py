@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pskd.data.catalog import smallest_hashes
+from pskd.data.headers import bar
 from pskd.data.index import Index, load_or_build
 from pskd.data.index_check import check_same_classes
-from pskd.data.index_command import bar
 from pskd.errors import PskdError
 from pskd.order import Ids
 
