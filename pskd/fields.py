@@ -38,6 +38,22 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
         raise PskdError(f"{key} is {value}: {remedy}")
 
 
+def at_least(least: int, flag: str) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` on.
+
+    Raises:
+        PskdError: a smaller one; names the flag.
+    """
+
+    def count(text: str) -> int:
+        value = int(text)
+        require(value >= least, flag, value, f"use {least} or more.")
+        return value
+
+    count.__name__ = "int"  # argparse says so of what is no number
+    return count
+
+
 def known(name: str, choices: Collection[str], key: str) -> None:
     """Raise a PskdError with a suggestion unless `name` is one of the choices."""
     if name not in choices:

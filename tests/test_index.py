@@ -1053,7 +1053,7 @@ def test_a_folder_that_can_be_read_in_two_ways_is_refused(tmp_path, capsys, file
         (["--list=a", "--ground-truth=b"], "--list and --ground-truth exclude each other"),
         (["--ground-truth=b"], "--ground-truth needs --classes"),
         (["--classes=b"], "--classes goes with --ground-truth or --list"),
-        (["--workers=0"], "--workers 0"),
+        (["--workers=0"], "--workers is 0"),
         (["--list=/none"], "/none cannot be read"),
     ],
 )

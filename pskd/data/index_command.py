@@ -26,8 +26,6 @@ def reports(arguments: argparse.Namespace) -> Iterator[str]:
             is not what the index says.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    if arguments.workers is not None and arguments.workers < 1:
-        raise PskdError(f"--workers {arguments.workers}: at least 1 process must read.")
     directory: Path = arguments.directory.absolute()
     labels = _labels(arguments)
     splits, others = splits_in(directory)
