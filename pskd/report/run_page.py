@@ -23,7 +23,7 @@ from pskd.run_dir import changes
 if TYPE_CHECKING:  # at run time, only figures.py says what is missing
     from matplotlib.figure import Figure
 
-_COLUMNS = (("training loss", "train_loss", 4), *MEASURE_COLUMNS, ("E-AURC x1000", "eaurc", 2))
+_COLUMNS = (("training loss", "train_loss", 4), *MEASURE_COLUMNS)
 
 
 class Plot(NamedTuple):
