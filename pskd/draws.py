@@ -17,6 +17,8 @@ import numpy.typing as npt
 from pskd.hashing import hash64
 from pskd.order import Ids
 
+_TRIES = 10  # for a window that fits; then the largest central one of an allowed ratio
+
 
 def uniforms(
     seed: int, epoch: int, ids_B: Ids, stream: str, columns: int
@@ -46,9 +48,6 @@ def shifts(
 def flips(seed: int, epoch: int, ids_B: Ids, view: str = "") -> npt.NDArray[np.bool_]:
     """Horizontal flip with probability one half: bool (B,). Stream "flip"."""
     return uniforms(seed, epoch, ids_B, f"{view}flip", 1)[:, 0] < 0.5
-
-
-_TRIES = 10  # for a window that fits; then the largest central one of an allowed ratio
 
 
 def windows(

@@ -12,6 +12,8 @@ from typing import Any
 
 from pskd.errors import PskdError
 
+_MOST_SHOWN = 20
+
 
 def _tagged(tag: str) -> Callable[[Any, str], Any]:
     def make(default: Any, help: str) -> Any:
@@ -22,8 +24,6 @@ def _tagged(tag: str) -> Callable[[Any, str], Any]:
 
     return make
 
-
-_MOST_SHOWN = 20
 
 TAGS = ("numerics", "content", "speed", "output")
 numerics = _tagged("numerics")
