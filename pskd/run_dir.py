@@ -62,7 +62,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 class RunDir:
-    """Paths and small files of one run. Only rank 0 writes them."""
+    """Paths and small files of one run. Rank 0 writes them; lock and status, others as well."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
