@@ -72,9 +72,14 @@ def batches(catalog, options=PLAIN, *, plan=None, rank=0, epochs=2, start=(0, 0)
     walk = Walk(plan, SEED, epochs, rank)
     data = DaliData(catalog, CPU, SEED, options, peer)
     data.begin(walk, *start)
+    count = 0
     for micro in walk.start(*start):
         yield micro, data.train_batch(micro)
+        count += 1
     data.close()
+    first, step = start
+    steps = max(0, plan.steps * (epochs - first) - step)
+    assert count == steps * plan.accumulation, "whoever checks each batch has had them all"
 
 
 def digest(image_CHW):
