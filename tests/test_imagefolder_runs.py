@@ -15,13 +15,13 @@ from torch import distributed as dist
 from pskd import command_line, loading, world
 from pskd.checkpoint import Position
 from pskd.data.index import NAME, places
-from pskd.errors import PskdError
 from pskd.order import Plan
 from pskd.store import open_generation
 from tests import forked
 from tests.forked import ForkedJob
 from tests.launches import (
     Job,
+    assert_same_result,
     kill,
     metrics,
     processes_of,
@@ -32,6 +32,7 @@ from tests.launches import (
 )
 from tests.photos import make_folder
 from tests.reading import changed
+from tests.refusals import refusal
 from tests.system import needs_root
 from tests.test_dali import PLAIN, SEED, batches, damage, load
 from tests.test_failures import assert_refused
@@ -51,7 +52,6 @@ FLAGS = (
     "--checkpoint.every_steps=1",
     "--run.threads=1",
 )
-MEASURES = ("train_loss", "lr", "alpha", "top1_error", "nll", "ece", "aurc")
 
 
 def make_splits(root):
@@ -142,12 +142,8 @@ def kill_inside_an_epoch(job, whom="all"):
 
 
 def assert_same_run(run_dir, reference):
-    assert result(run_dir)["weights_sha256"] == result(reference)["weights_sha256"]
+    assert_same_result(run_dir, reference, EPOCHS)
     assert result(run_dir)["images_not_decoded"] == result(reference)["images_not_decoded"]
-    lines, expected = metrics(run_dir), metrics(reference)
-    assert [line["epoch"] for line in lines] == list(range(EPOCHS))
-    for line, want in zip(lines, expected, strict=True):
-        assert {k: line[k] for k in MEASURES} == {k: want[k] for k in MEASURES}
     assert status(run_dir)["state"] == "complete"
 
 
@@ -466,12 +462,6 @@ def alone():
 
 def samples_of(here, *flags):
     return loading.samples(command_line.load([*FLAGS, *flags]), here)
-
-
-def refusal(function, *args):
-    with pytest.raises(PskdError) as caught:
-        function(*args)
-    return str(caught.value)
 
 
 def test_the_samples_of_a_folder_are_as_configured(alone, folder):
