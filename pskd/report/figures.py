@@ -20,9 +20,9 @@ from pskd.report.table import PUBLISHED_COLUMNS
 
 try:
     import matplotlib as mpl
-    from cycler import cycler
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise PskdError(
