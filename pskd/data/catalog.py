@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pskd.errors import PskdError
 from pskd.hashing import hash64
 
-# name -> module with `load(root, download) -> Catalog`
+# name -> module with `load(root, download) -> Catalog`; one's own can be added from outside.
 DATASETS = {
     "digits": "pskd.data.digits",
     "fashion-mnist": "pskd.data.fashion_mnist",
