@@ -30,8 +30,7 @@ from pskd.data.catalog import Catalog, Split, load
 from pskd.store import open_generation
 from pskd.store.format import parse_header
 from tests.launches import result, train
-from tests.refusals import refusal
-from tests.test_failures import assert_refused
+from tests.refusals import assert_refused, refusal
 from tests.test_order import scalar_hash64
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: refused at once, with or without a network

@@ -32,10 +32,9 @@ from tests.launches import (
 )
 from tests.photos import make_folder
 from tests.reading import changed
-from tests.refusals import refusal
+from tests.refusals import assert_refused, refusal
 from tests.system import needs_root
 from tests.test_dali import PLAIN, SEED, batches, damage, load
-from tests.test_failures import assert_refused
 
 EPOCHS = 6
 SIZES = ("--data.image_size=32", "--data.validation_resize=36")

@@ -28,8 +28,8 @@ from tests.launches import (
     wait_for_no_trace,
 )
 from tests.photos import make_folder
+from tests.refusals import assert_refused
 from tests.system import mounted, needs_root
-from tests.test_failures import assert_refused
 
 EPOCHS = 5
 COMMON = (
