@@ -84,15 +84,15 @@ class Checkpoints:
         for aside in self.directory.glob(".*.tmp"):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
-    def save(self, position: Position) -> list[dict[str, Any]]:
-        """Rank 0: save everything registered; returns the manifests of the retained checkpoints.
+    def save(self, position: Position) -> None:
+        """Rank 0: save everything registered; older checkpoints stay until `retain`.
 
         Raises:
             PskdError: the disk is full or failed; the previous checkpoint is untouched.
         """
         if self.latest() == position.name:
-            return self.retain()  # asked to stop right after a resume: it is there already
-        return self._write(position, {name: p.state_dict() for name, p in self._parts.items()})
+            return  # asked to stop right after a resume: it is there already
+        self._write(position, {name: p.state_dict() for name, p in self._parts.items()})
 
     def adopt(self, source: Path, state: dict[str, Any]) -> None:
         """Rank 0: begin with a checkpoint of another run, whose state may have been changed.
@@ -111,7 +111,7 @@ class Checkpoints:
             raise self._failed(position, error) from error
         self._write(position, state)
 
-    def install(self, position: Position) -> list[dict[str, Any]]:
+    def install(self, position: Position) -> None:
         """Another node has filled `open_aside`: from now on it is the latest checkpoint here.
 
         Raises:
@@ -119,7 +119,7 @@ class Checkpoints:
         """
         for path in self._aside(position).iterdir():
             self._seal(path)
-        return self._publish(position)
+        self._publish(position)
 
     def store_states(self) -> dict[str, dict[str, Any]]:
         """What each checkpoint names of the prediction store, by the checkpoint's name."""
@@ -131,10 +131,7 @@ class Checkpoints:
 
     def serials(self) -> dict[str, int]:
         """Of every checkpoint; -1 if its manifest is damaged."""
-        return {
-            name: _UNREADABLE if m is None else int(m["serial"])
-            for name, m in self._manifests().items()
-        }
+        return {name: _serial(manifest) for name, manifest in self._manifests().items()}
 
     def size_bytes(self, position: Position) -> int:
         """Of all files of a checkpoint."""
@@ -259,14 +256,13 @@ class Checkpoints:
 
         The newest by serial number stay: after a resume from an older one, names go back.
         """
-        manifests, serials = self._manifests(), self.serials()
-        latest = self.latest()
-        by_age = sorted(manifests, key=lambda name: (name == latest, serials[name]))
+        manifests, latest = self._manifests(), self.latest()
+        by_age = sorted(manifests, key=lambda name: (name == latest, _serial(manifests[name])))
         for name in by_age[: -self._keep]:
             self._delete(name)
         return [m for name in by_age[-self._keep :] if (m := manifests[name]) is not None]
 
-    def _write(self, position: Position, state: dict[str, Any]) -> list[dict[str, Any]]:
+    def _write(self, position: Position, state: dict[str, Any]) -> None:
         aside = self._aside(position)
         try:
             if not aside.exists():  # else it holds shards
@@ -283,18 +279,17 @@ class Checkpoints:
                 "sha256": {p.name: self._seal(p) for p in sorted(aside.iterdir())},
             }
             write_manifest(aside / "manifest.json", _VERSION, manifest)
-            return self._publish(position)
+            self._publish(position)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise self._failed(position, error) from error
 
-    def _publish(self, position: Position) -> list[dict[str, Any]]:
+    def _publish(self, position: Position) -> None:
         # A process killed before it could write `latest` leaves the same content: replace it.
         self._delete(position.name)
         self._aside(position).rename(self.directory / position.name)
         sync_directory(self.directory)
         write_atomically(self.directory / "latest", position.name.encode())
-        return self.retain()
 
     def _failed(self, position: Position, error: OSError) -> PskdError:
         return PskdError(
@@ -316,3 +311,7 @@ class Checkpoints:
         if (self.directory / name).exists():
             aside = (self.directory / name).rename(self.directory / f".{name}.old.tmp")
             shutil.rmtree(aside)
+
+
+def _serial(manifest: dict[str, Any] | None) -> int:
+    return _UNREADABLE if manifest is None else int(manifest["serial"])

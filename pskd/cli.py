@@ -9,6 +9,7 @@ from pathlib import Path
 from pskd import launch
 from pskd.doctor import command as doctor_command
 from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, AgreedError, PskdError
+from pskd.fields import at_least
 from pskd.health import STALE_S, check
 from pskd.report import evaluate_command, inspect_command
 
@@ -27,13 +28,13 @@ def main(argv: list[str] | None = None) -> int:
         launch.die_with_launcher()  # first of all: imports take seconds, and a launcher can die
     words, settings = _split_settings(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    arguments, unknown = parser.parse_known_args(words)
-    if unknown and arguments.command != "doctor":
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if settings and arguments.command not in _TAKE_SETTINGS:
-        parser.error(f"only {', '.join(_TAKE_SETTINGS)} take settings such as {settings[0]}")
-    arguments.settings = [*unknown, *settings]
     try:
+        arguments, unknown = parser.parse_known_args(words)
+        if unknown and arguments.command != "doctor":
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if settings and arguments.command not in _TAKE_SETTINGS:
+            parser.error(f"only {', '.join(_TAKE_SETTINGS)} take settings such as {settings[0]}")
+        arguments.settings = [*unknown, *settings]
         code = arguments.run_command(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # of `pskd ... | head`
@@ -114,7 +115,9 @@ def _add_report(report: argparse.ArgumentParser) -> None:
 
 def _add_bins(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--bins", type=int, help="of reliability diagrams (default: those of the run's ECE)"
+        "--bins",
+        type=at_least(1, "--bins"),
+        help="of reliability diagrams (default: those of the run's ECE)",
     )
 
 
@@ -203,7 +206,10 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     )
     index.add_argument("--list", type=Path, metavar="FILE", help="lines `path label`")
     index.add_argument(
-        "--workers", type=int, metavar="K", help="processes that read (default: one a core)"
+        "--workers",
+        type=at_least(1, "--workers"),
+        metavar="K",
+        help="processes that read (default: one a core)",
     )
     index.set_defaults(run_command=_index)
 
@@ -227,7 +233,6 @@ def _add_health(health: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    _check_bins(arguments.bins)
     from pskd.report.run_page import report  # noqa: PLC0415
 
     print(report(arguments.run, arguments.output, arguments.bins))
@@ -237,7 +242,6 @@ def _compare(arguments: argparse.Namespace) -> None:
     from pskd.report.compare import by_recipe, comparison, different_data  # noqa: PLC0415
     from pskd.report.table import render  # noqa: PLC0415
 
-    _check_bins(arguments.bins)
     if arguments.bins is not None and arguments.html is None:
         raise PskdError(f"--bins {arguments.bins} means nothing without --html: leave it out.")
     table = (by_recipe if arguments.by_recipe else comparison)(arguments.runs)
@@ -249,11 +253,6 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(render(table, arguments.format))
     if warning is not None:
         sys.stderr.write(f"warning: {warning}\n")
-
-
-def _check_bins(bins: int | None) -> None:
-    if bins is not None and bins < 1:
-        raise PskdError(f"--bins is {bins}: use 1 or more.")
 
 
 def _recipes(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from pskd.config import Config, section_types
 from pskd.effect import ignored
 from pskd.errors import PskdError
 from pskd.fields import known
-from pskd.methods.sections import SECTIONS
+from pskd.methods.sections import METHODS
 
 _DEFAULT_METHOD = "pskd"
 
@@ -116,7 +116,7 @@ def _resolved(layers: list[_Layer], flags: list[str]) -> Config:
 
 def _configured(layers: list[_Layer], method: str) -> Config:
     values = _parse([token for layer in layers for token in layer.tokens], method)
-    return Config(**{s: kind(**values[s]) for s, kind in section_types(SECTIONS[method])})
+    return Config(**{s: kind(**values[s]) for s, kind in section_types(METHODS[method])})
 
 
 def _overruled(layers: list[_Layer], config: Config) -> set[str]:
@@ -127,7 +127,7 @@ def _overruled(layers: list[_Layer], config: Config) -> set[str]:
     place = {_key(token): number for number, layer in enumerate(layers) for token in layer.tokens}
     return {
         key
-        for key, by, _ in ignored(config.flat())
+        for key, by, _ in ignored(config.flat(), config.method.keeps_predictions)
         if place.get(key, -1) < max(place.get(name, -1) for name in by)
     }
 
@@ -139,7 +139,7 @@ def _key(token: str) -> str:
 
 def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
     """Take --recipe, --config and the launchers' flags out; the rest are `section.field` flags."""
-    recipe: str | None = None
+    name: str | None = None
     config_files: list[str] = []
     flags: list[str] = []
     queue = list(argv)
@@ -160,12 +160,12 @@ def _split(argv: list[str]) -> tuple[str | None, list[str], list[str]]:
             if not value:
                 raise PskdError(f"{flag} needs a value.")
             if flag == "--recipe":
-                recipe = value
+                name = value
             else:
                 config_files.append(value)
         else:
             flags.append(flag + separator + value)
-    return recipe, config_files, flags
+    return name, config_files, flags
 
 
 def _config_of_run(flags: list[str]) -> list[str]:
@@ -204,7 +204,7 @@ def _choose_method(layers: list[_Layer]) -> tuple[str, list[_Layer]]:
         names = [t.partition("=")[2] for t in layer.tokens if t.startswith("--method.name=")]
         if names and names[-1] != method:
             method = names[-1]
-            known(method, SECTIONS, "method.name")
+            known(method, METHODS, "method.name")
             kept = [
                 _Layer(k.source, [t for t in k.tokens if not t.startswith("--method.")])
                 for k in kept
@@ -217,7 +217,7 @@ def _choose_method(layers: list[_Layer]) -> tuple[str, list[_Layer]]:
 def _keys(method: str) -> dict[str, dataclasses.Field[Any]]:
     return {
         f"{section}.{f.name}": f
-        for section, kind in section_types(SECTIONS[method])
+        for section, kind in section_types(METHODS[method])
         for f in dataclasses.fields(kind)
     }
 
@@ -238,7 +238,7 @@ def _unknown_key(name: str, method: str) -> str:
     if name in _PUBLIC_FLAGS:
         ours = _PUBLIC_FLAGS[name]
         return f"unknown key '{name}' (a flag of the public code). Here it is {ours}."
-    owners = [m for m in SECTIONS if name in _keys(m)]
+    owners = [m for m in METHODS if name in _keys(m)]
     if owners:
         return (
             f"unknown key '{name}': it belongs to method {' and '.join(owners)}, "
@@ -261,7 +261,7 @@ def _parser(method: str) -> Any:
         allow_abbrev=False,
         print_config=None,
     )
-    for section, kind in section_types(SECTIONS[method]):
+    for section, kind in section_types(METHODS[method]):
         group = parser.add_argument_group(section, (kind.__doc__ or "").strip())
         for f in dataclasses.fields(kind):
             default = f.default_factory() if callable(f.default_factory) else f.default

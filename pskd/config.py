@@ -72,12 +72,6 @@ class ModelSection:
         known(self.name, MODELS, "model.name")
         require(self.init != "", "model.init", "''", "name a file, or leave the flag out.")
         require(
-            self.init is not None or not self.new_head,
-            "model.new_head",
-            self.new_head,
-            "there is no other head without model.init.",
-        )
-        require(
             0 <= self.ema_decay < 1, "model.ema_decay", self.ema_decay, "use a value in [0, 1)."
         )
 
@@ -281,14 +275,12 @@ class Config:
     tracking: TrackingSection
 
     def check(self) -> None:
-        """All sections, then what depends on two of them."""
+        """What nothing reads, then all sections, then what depends on two of them."""
         for key, value in self.flat().items():
             finite = not isinstance(value, float) or math.isfinite(value)
             require(finite, key, value, "use a finite number.")
-        for section, _ in section_types(type(self.method)):
-            getattr(self, section).check()
         values, defaults = self.flat(), self.defaults()
-        for key, by, reason in ignored(values):
+        for key, by, reason in ignored(values, self.method.keeps_predictions):
             causes = ", ".join(f"{name} {values[name]}" for name in by if name in values)
             require(
                 values[key] == defaults[key],
@@ -296,6 +288,8 @@ class Config:
                 values[key],
                 f"nothing reads it with {causes}: {reason}. Leave it out.",
             )
+        for section, _ in section_types(type(self.method)):
+            getattr(self, section).check()
         require(
             self.schedule.warmup_epochs < self.train.epochs,
             "schedule.warmup_epochs",

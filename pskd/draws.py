@@ -9,11 +9,15 @@ A second view of a sample in the same epoch (of a partner, for example) has stre
 Letters: B samples, K columns, T tries.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from pskd.hashing import hash64
 from pskd.order import Ids
+
+_TRIES = 10  # for a window that fits; then the largest central one of an allowed ratio
 
 
 def uniforms(
@@ -46,9 +50,6 @@ def flips(seed: int, epoch: int, ids_B: Ids, view: str = "") -> npt.NDArray[np.b
     return uniforms(seed, epoch, ids_B, f"{view}flip", 1)[:, 0] < 0.5
 
 
-_TRIES = 10  # for a window that fits; then the largest central one of an allowed ratio
-
-
 def windows(
     seed: int,
     epoch: int,
@@ -56,8 +57,8 @@ def windows(
     widths_B: npt.NDArray[np.int32],
     heights_B: npt.NDArray[np.int32],
     *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    scale: Sequence[float],
+    ratio: Sequence[float],
     view: str = "",
 ) -> npt.NDArray[np.int32]:
     """Random windows of an image, as torchvision's RandomResizedCrop distributes them.
@@ -83,7 +84,7 @@ def windows(
 
 
 def _central_windows(
-    width_B: npt.NDArray[np.float64], height_B: npt.NDArray[np.float64], ratio: tuple[float, float]
+    width_B: npt.NDArray[np.float64], height_B: npt.NDArray[np.float64], ratio: Sequence[float]
 ) -> npt.NDArray[np.float64]:
     """The largest windows of an allowed ratio, in the middle; (B, 4)."""
     shape_B = width_B / height_B

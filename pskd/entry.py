@@ -1,6 +1,8 @@
 """Parse, run, exit code. A refused command line costs no torch import."""
 
+import os
 import sys
+from typing import NoReturn
 
 from pskd import launch
 from pskd.errors import EXIT_FAILED, PskdError
@@ -24,3 +26,14 @@ def main(argv: list[str]) -> int:
     from pskd import job  # noqa: PLC0415  (torch and DeepSpeed: 5 s)
 
     return job.run(config)
+
+
+def run() -> NoReturn:
+    """The whole of train.py, and of a program of one's own: train by its arguments, and exit."""
+    code = main(sys.argv[1:])
+    if code == EXIT_FAILED:
+        # Groups whose peers are gone, and threads that still work, may abort an orderly end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -82,10 +82,6 @@ def evaluate(request: Request) -> Figures | None:
     Raises:
         PskdError: what cannot be evaluated, with the reason; on all ranks once they are together.
     """
-    if request.bins is not None and request.bins < 1:
-        raise PskdError(f"--bins is {request.bins}: use 1 or more.")
-    if request.resamples < 0:
-        raise PskdError(f"--bootstrap is {request.resamples}: use 0 (no intervals) or more.")
     if request.fit_on is not None and request.fit is not None:
         raise PskdError("--fit-on and --fit both name samples to fit on: leave one out.")
     if request.logits is not None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from pskd.errors import PskdError
 
+_MOST_SHOWN = 20
+
 
 def _tagged(tag: str) -> Callable[[Any, str], Any]:
     def make(default: Any, help: str) -> Any:
@@ -22,8 +24,6 @@ def _tagged(tag: str) -> Callable[[Any, str], Any]:
 
     return make
 
-
-_MOST_SHOWN = 20
 
 TAGS = ("numerics", "content", "speed", "output")
 numerics = _tagged("numerics")
@@ -36,6 +36,22 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise a PskdError that names key, value and remedy unless the condition holds."""
     if not condition:
         raise PskdError(f"{key} is {value}: {remedy}")
+
+
+def at_least(least: int, flag: str) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` on.
+
+    Raises:
+        PskdError: a smaller one; names the flag.
+    """
+
+    def count(text: str) -> int:
+        value = int(text)
+        require(value >= least, flag, value, f"use {least} or more.")
+        return value
+
+    count.__name__ = "int"  # argparse says so of what is no number
+    return count
 
 
 def known(name: str, choices: Collection[str], key: str) -> None:

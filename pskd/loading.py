@@ -11,7 +11,7 @@ from pskd.data.arrays import ArrayData
 from pskd.data.catalog import FOLDER, Catalog, load
 from pskd.data.imagefolder import FolderCatalog
 from pskd.data.interface import Data
-from pskd.data.mix import Erasing, Mixer, Mixing
+from pskd.data.mix import Mixer
 from pskd.data.preprocessing import described
 from pskd.data.sections import DataSection
 from pskd.data.views import SameClass
@@ -100,19 +100,9 @@ def loader(config: Config, here: "World", catalog: AnyCatalog, *, peers: bool) -
     gpu = here.device.type == "cuda"
     cores = len(os.sched_getaffinity(0))
     options = ImageOptions(
-        augment=section.augment,
-        flip=section.flip,
-        image_size=section.image_size,
-        resize_schedule=tuple((epoch, size) for epoch, size in section.resize_schedule),
-        crop_scale=(section.crop_scale[0], section.crop_scale[1]),
-        crop_ratio=(section.crop_ratio[0], section.crop_ratio[1]),
-        validation_resize=section.validation_resize,
-        interpolation=section.interpolation,
-        on_bad_image=section.on_bad_image,
+        section,
         mixed=gpu and section.decoder != "cpu",
-        hw_decoder_load=section.hw_decoder_load,
         threads=section.threads or max(1, cores // here.local_size),
-        prefetch=section.prefetch,
         channels_last=config.engine.channels_last,
     )
     return DaliData(catalog, here.device, seed, options, peer)
@@ -175,15 +165,4 @@ def preprocessing(section: DataSection, catalog: AnyCatalog) -> dict[str, Any]:
 
 def mixer(config: Config) -> Mixer:
     """What mixes and erases the images of a batch."""
-    mixing, erasing = config.mixing, config.erasing
-    return Mixer(
-        config.train.seed,
-        Mixing(mixing.name, mixing.alpha, mixing.probability),
-        Erasing(
-            erasing.name,
-            erasing.size,
-            erasing.probability,
-            (erasing.scale[0], erasing.scale[1]),
-            (erasing.ratio[0], erasing.ratio[1]),
-        ),
-    )
+    return Mixer(config.train.seed, config.mixing, config.erasing)

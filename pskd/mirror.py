@@ -28,6 +28,7 @@ def send(checkpoints: Checkpoints, position: Position, source: int, sites: Sites
     with sites.together():
         if receives:
             checkpoints.install(position)
+            checkpoints.retain()
 
 
 def catch_up(checkpoints: Checkpoints, sites: Sites) -> None:

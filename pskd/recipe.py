@@ -5,7 +5,7 @@ A file holds the sections of `config.py`, and beside them
     base:       whose settings it begins with: another recipe's name; in a file of one's own, also
                 the path of another file (x.yaml), relative to it
     source:     where the settings come from: a publication, public code, or 'ours'
-    published:  the measures that the document reports for it, see `MEASURES`
+    published:  the measures that the document reports for it, see `PUBLISHED_MEASURES`
 
 Imports no torch.
 """
@@ -18,10 +18,9 @@ import yaml
 
 from pskd.errors import PskdError
 from pskd.fields import known
-from pskd.methods.sections import SECTIONS
+from pskd.methods.sections import METHODS
 
-_METHODS = list(SECTIONS)
-MEASURES = ("top1_error", "top5_error", "nll", "ece", "aurc")
+PUBLISHED_MEASURES = ("top1_error", "top5_error", "nll", "ece", "aurc")
 
 
 class Part(NamedTuple):
@@ -61,8 +60,8 @@ def table(prefix: str) -> list[str]:
 
 def _place(name: str) -> tuple[list[str], int, list[str]]:
     words = name.split("-")
-    at = next((i for i, word in enumerate(words) if word in _METHODS), len(words))
-    method = _METHODS.index(words[at]) if at < len(words) else -1
+    at = next((i for i, word in enumerate(words) if word in METHODS), len(words))
+    method = list(METHODS).index(words[at]) if at < len(words) else -1
     return words[:at], method, words[at + 1 :]
 
 
@@ -132,7 +131,7 @@ def _facts(reference: str | Path, content: dict[str, Any]) -> tuple[str, dict[st
     if not isinstance(source, str) or not isinstance(published, dict):
         raise PskdError(f"{label}: source must be a text, published {{measure: value}}.")
     for measure, value in published.items():
-        known(str(measure), MEASURES, f"{label}: published")
+        known(str(measure), PUBLISHED_MEASURES, f"{label}: published")
         if not isinstance(value, int | float):
             raise PskdError(f"{label}: published.{measure} is {value}: give a number.")
     return source, published

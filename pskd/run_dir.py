@@ -52,8 +52,17 @@ class Start(NamedTuple):
     changes: list[str]
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, in words; None stands for what is missing."""
+    return [
+        f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
+
+
 class RunDir:
-    """Paths and small files of one run. Only rank 0 writes them."""
+    """Paths and small files of one run. Rank 0 writes them; lock and status, others as well."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -154,14 +163,12 @@ class RunDir:
             raise PskdError(
                 f"{path} is damaged ({error}). Restore it, or use another --run.dir."
             ) from error
-        changes = []
         defaults = config.defaults()  # of keys that are younger than the run
-        for key, value in config.values("numerics").items():
+        now, before = config.values("numerics"), {}
+        for key in now:
             section, _, name = key.partition(".")
-            before = saved.get(section, {}).get(name, defaults[key])
-            if before != value:
-                changes.append(f"{key} was {before}, now {value}")
-        return changes
+            before[key] = saved.get(section, {}).get(name, defaults[key])
+        return changes(before, now)
 
     def check_same(self, config: Config) -> None:
         """Compare the configuration with the one that the run began with, if there is one.
@@ -169,10 +176,10 @@ class RunDir:
         Raises:
             PskdError: a value that changes the result differs; names each.
         """
-        changes = self.differences(config)
-        if changes:
+        changed = self.differences(config)
+        if changed:
             raise PskdError(
-                f"{self.path} holds a run of another configuration: {'; '.join(changes)}. "
+                f"{self.path} holds a run of another configuration: {'; '.join(changed)}. "
                 "Use the old values, or another --run.dir."
             )
 
@@ -188,12 +195,7 @@ class RunDir:
     def engine_differences(self, settings: dict[str, Any]) -> list[str]:
         """How DeepSpeed's settings differ from those that the run began with."""
         own = _of_the_run(settings)
-        saved = self.read_json("ds_config.json") or own
-        return [
-            f"{key} was {saved.get(key)}, now {own.get(key)}"
-            for key in {**saved, **own}
-            if saved.get(key) != own.get(key)
-        ]
+        return changes(self.read_json("ds_config.json") or own, own)
 
     def reconcile_engine(self, settings: dict[str, Any]) -> None:
         """Save DeepSpeed's settings, or compare them with those that the run began with.
@@ -201,11 +203,11 @@ class RunDir:
         Raises:
             PskdError: a setting differs, although the name of the file may not; names each.
         """
-        changes = self.engine_differences(settings)
-        if changes:
+        changed = self.engine_differences(settings)
+        if changed:
             raise PskdError(
                 f"{self.path} holds a run of another DeepSpeed configuration: "
-                f"{'; '.join(changes)}. Use the old values, or another --run.dir."
+                f"{'; '.join(changed)}. Use the old values, or another --run.dir."
             )
         self.write_json("ds_config.json", _of_the_run(settings))
 
@@ -216,14 +218,7 @@ class RunDir:
         instruction set, threads and world). origin: the other run that this one begins from.
         """
         starts: list[dict[str, Any]] = self.read_json("env.json") or []
-        changes = []
-        if starts:
-            before = starts[-1]["facts"]
-            changes = [
-                f"{key} was {before.get(key)}, now {facts.get(key)}"
-                for key in {**before, **facts}
-                if before.get(key) != facts.get(key)
-            ]
+        changed = changes(starts[-1]["facts"], facts) if starts else []
         name = starts[0]["run"] if starts else secrets.token_hex(8)
         entry = {
             "start": len(starts),
@@ -235,7 +230,7 @@ class RunDir:
             "facts": facts,
         }
         self.write_json("env.json", [*starts, entry])
-        return Start(len(starts), name, changes)
+        return Start(len(starts), name, changed)
 
     def _heartbeat_age(self) -> str:
         status = read_status(self.path)

@@ -76,8 +76,10 @@ class Saver:
         if self._world.rank == 0:
             self._checkpoints.save(position)
         mirror.send(self._checkpoints, position, 0, self._sites)
-        if self._sites.leads and self._store is not None:
-            self._store.retain(m["store"] for m in self._checkpoints.retain())
+        if self._sites.leads:
+            retained = self._checkpoints.retain()
+            if self._store is not None:
+                self._store.retain(m["store"] for m in retained)
         self._saved = position
         self._say(position, started)
 

@@ -96,11 +96,9 @@ class Sites:
         if not self.separate:
             return
         found = self.gather(_contents(directory, names) if self.leads else {})
-        if key not in found[0]:
-            best = max(found, key=lambda files: len(files.get(key, b"")))
-            self._write(directory, best if self.rank == 0 else {})
-        else:
-            self._write(directory, {})
+        best = max(found, key=lambda files: len(files.get(key, b"")))
+        lost = self.rank == 0 and key not in found[0]
+        self._write(directory, best if lost else {})
 
     def _write(self, directory: Path, files: dict[str, bytes]) -> None:
         with self._world.together():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
-from pskd.data.interface import Data
+from pskd.data.interface import Data, validation_batches
 from pskd.data.mix import Mixer
 from pskd.data.transfer import to_device
 from pskd.engine import Engine
@@ -322,8 +322,8 @@ class Trainer:
         if not last and (epoch + 1) % self.config.evaluation.every:
             return dict.fromkeys(MEASURES)
         accumulator = Accumulator()
-        batches = self.data.validation_batches(
-            self.world.rank, self.world.size, self.config.evaluation.batch_size
+        batches = validation_batches(
+            self.data, self.world.rank, self.world.size, self.config.evaluation.batch_size
         )
         full_precision = self.config.evaluation.precision == "fp32"
         for images_BCHW, labels_B in batches:

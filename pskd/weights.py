@@ -14,6 +14,8 @@ from pskd.errors import PskdError
 from pskd.files import read_run_json, write_atomically
 from pskd.models.public_names import translate
 
+_MOST_NAMED = 4
+
 
 def weights_sha256(model: nn.Module) -> str:
     """sha256 over names (sorted), dtype, shape and bytes of all parameters and buffers."""
@@ -124,9 +126,6 @@ def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
         _some("have another shape", shapes),
     ]
     return "; ".join(part for part in parts if part) or None
-
-
-_MOST_NAMED = 4
 
 
 def _some(what: str, names: list[str]) -> str:

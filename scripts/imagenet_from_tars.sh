@@ -14,7 +14,8 @@
 # PSKD names the pskd command; the default is the one in .venv, installed if need be.
 set -euo pipefail
 
-die() { echo "error: $*" >&2; exit 1; }
+source "$(dirname "$0")/common.sh"
+
 [ $# -eq 2 ] || die "give two folders: $0 TARS_DIR OUT_DIR"
 tars=$(realpath "$1")
 mkdir -p "$2" || die "$2 cannot be made"
@@ -27,10 +28,7 @@ devkit=$tars/ILSVRC2012_devkit_t12.tar.gz
 for tar in "$train" "$val" "$devkit"; do
     [ -f "$tar" ] || die "$tar is missing; download it from image-net.org"
 done
-if [ -z "${PSKD:-}" ]; then
-    scripts/setup.sh
-    PSKD=${PSKD_BIN:-.venv/bin}/pskd
-fi
+find_pskd
 
 # Folders in the making are hidden, so that no index sees them, and on the disk where they will stay.
 making=$out/train/.making

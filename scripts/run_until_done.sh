@@ -15,7 +15,7 @@ set -m # a process group for the command: signals reach it once, and nothing of 
 source "$(dirname "$0")/common.sh"
 
 run=$(run_dir_of "$@")
-[ -n "$run" ] || { echo "error: the command needs --run.dir DIR: the run is resumed there" >&2; exit 1; }
+[ -n "$run" ] || die "the command needs --run.dir DIR: the run is resumed there"
 
 look() { # sets starts, state, newest (checkpoint), of (the start that wrote the state), age (s), reason
     mapfile -t seen < <(python3 - "$run" <<'PYTHON'

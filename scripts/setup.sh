@@ -9,12 +9,13 @@
 # PSKD_BIN=DIR names the bin of an environment that is complete, as in the container: it is used by
 # all scripts instead of .venv/bin, and nothing is installed.
 set -euo pipefail
+source "$(dirname "$0")/common.sh"
 cd "$(dirname "$0")/.."
 
 if [ -n "${PSKD_BIN:-}" ]; then
     for program in python torchrun pskd ${1:+pytest}; do
         [ -x "$PSKD_BIN/$program" ] ||
-            { echo "error: PSKD_BIN $PSKD_BIN lacks $program: install pskd there, or unset it" >&2; exit 1; }
+            die "PSKD_BIN $PSKD_BIN lacks $program: install pskd there, or unset it"
     done
     exit 0
 fi
@@ -33,7 +34,7 @@ wanted=$(cat pyproject.toml requirements.lock | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { echo "error: $python is older than 3.11; name another with PYTHON=python3.11 $0" >&2; exit 1; }
+    die "$python is older than 3.11; name another with PYTHON=python3.11 $0"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "installing into .venv (several GB, some minutes the first time)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \

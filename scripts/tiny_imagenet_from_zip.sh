@@ -7,7 +7,8 @@
 # only when it is complete. PSKD names the pskd command; the default is the one in .venv.
 set -euo pipefail
 
-die() { echo "error: $*" >&2; exit 1; }
+source "$(dirname "$0")/common.sh"
+
 [ $# -eq 2 ] || die "give the archive and a folder: $0 tiny-imagenet-200.zip OUT_DIR"
 [ -f "$1" ] || die "$1 is missing; it is tiny-imagenet-200.zip of cs231n.stanford.edu"
 [ ! -e "$2" ] || die "$2 is there already; name another folder, or remove it"
@@ -15,10 +16,7 @@ zip=$(realpath "$1")
 mkdir -p "$(dirname "$2")" || die "$(dirname "$2") cannot be made"
 out=$(realpath "$(dirname "$2")")/$(basename "$2")
 cd "$(dirname "$0")/.."
-if [ -z "${PSKD:-}" ]; then
-    scripts/setup.sh
-    PSKD=${PSKD_BIN:-.venv/bin}/pskd
-fi
+find_pskd
 
 making=$(mktemp -d "$out.XXXXXX")
 trap 'rm -rf "$making"' EXIT

@@ -15,6 +15,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 240.0  # against a hang; a launch takes 6 to 15 s
+MEASURES = ("train_loss", "lr", "alpha", "top1_error", "nll", "ece", "aurc")
 
 
 class Job:
@@ -162,3 +163,14 @@ def status(run_dir: Path) -> dict[str, Any]:
 def result(run_dir: Path) -> dict[str, Any]:
     """result.json."""
     return json.loads((run_dir / "result.json").read_text())
+
+
+def assert_same_result(run_dir: Path, reference: Path, epochs: int) -> None:
+    """Weights and the measures of each epoch, to the bit."""
+    assert result(run_dir)["weights_sha256"] == result(reference)["weights_sha256"]
+    lines, expected = (
+        [{name: line[name] for name in MEASURES} for line in metrics(path)]
+        for path in (run_dir, reference)
+    )
+    assert lines == expected
+    assert [line["epoch"] for line in metrics(run_dir)] == list(range(epochs))

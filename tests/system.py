@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ processes.set_forkserver_preload(
     ["pskd.checkpoint", "pskd.run_dir", "pskd.store.training", "pytest"]
 )
 
+needs_ip = pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
 
 

@@ -55,12 +55,13 @@ def open_with(directory, part, keep=2, name="part"):
 
 
 def save(directory, *steps, keep=2, part=None):
-    """Checkpoints of these steps; the steps that each save says are retained."""
+    """Checkpoints of these steps; those that are retained after each."""
     part = part or Part()
     checkpoints = open_with(directory, part, keep)
     retained = []
     for part.step in steps:
-        retained.append([m["step"] for m in checkpoints.save(Position(0, part.step))])
+        checkpoints.save(Position(0, part.step))
+        retained.append([m["step"] for m in checkpoints.retain()])
     return retained
 
 
@@ -119,7 +120,8 @@ class TestRoundTrip:
         for name, part in parts.items():
             checkpoints.register(name, part)
         checkpoints.prepare()
-        retained = checkpoints.save(Position(2, 31))
+        checkpoints.save(Position(2, 31))
+        retained = checkpoints.retain()
         assert [(m["epoch"], m["step"], m["store"]) for m in retained] == [(2, 31, store)]
 
         position, state = checkpoints.read(checkpoints.latest())
@@ -418,6 +420,7 @@ def save_and_die(directory, step, operations):
 
     sys.addaudithook(count)
     checkpoints.save(Position(0, step))
+    checkpoints.retain()
 
 
 def save_forever(directory, started):
@@ -429,6 +432,7 @@ def save_forever(directory, started):
     while True:
         part.step += 1
         checkpoints.save(Position(0, part.step))
+        checkpoints.retain()
         started.set()
 
 

@@ -15,7 +15,7 @@ from pskd import command_line
 from pskd.command_line import load
 from pskd.config import Config, ScheduleSection
 from pskd.errors import PskdError
-from pskd.methods.sections import SECTIONS, BaselineSection, PSKDSection
+from pskd.methods.sections import METHODS, BaselineSection, PSKDSection
 from pskd.order import Plan
 
 REPO = Path(__file__).parents[1]
@@ -229,6 +229,12 @@ FOLDER = "--data.name=imagefolder"
         ([FOLDER, "--data.held_out=9", "--data.val_index_path=x"], "data.val_index_path", "held"),
         (["--method.name=cskd", "--store.encoding=float32"], "store.encoding", "name cskd"),
         (["--method.teacher=model", "--store.read=pread"], "store.read", "method.teacher model"),
+        (["--method.teacher=model", "--method.averaging=0.5"], "method.averaging", "teacher model"),
+        (["--data.name=digits", "--data.image_size=300"], "data.image_size", "data.name digits"),
+        (["--data.name=digits", "--data.root=x"], "data.root", "scikit-learn"),
+        (["--data.name=digits", "--data.download=true"], "data.download", "scikit-learn"),
+        ([FOLDER, "--data.pad_to=40"], "data.pad_to", "data.name imagefolder"),
+        (["--model.init=null", "--model.new_head=true"], "model.new_head", "model.init None"),
         (
             ["--optimizer.weight_decay=0", "--optimizer.decay_norm_and_bias=false"],
             "optimizer.decay_norm_and_bias",
@@ -440,7 +446,7 @@ def test_a_run_directory_without_configuration_starts_from_the_defaults(tmp_path
 
 def all_fields():
     kinds = [(f.name, f.type) for f in dataclasses.fields(Config) if f.name != "method"]
-    kinds += [("method", kind) for kind in SECTIONS.values()]
+    kinds += [("method", kind) for kind in METHODS.values()]
     return [(section, field) for section, kind in kinds for field in dataclasses.fields(kind)]
 
 
@@ -452,7 +458,7 @@ def test_every_field_has_a_tag_and_a_help(field):
     assert len(field.metadata["help"].split()) >= 2 or field.name in field.metadata["help"]
 
 
-@pytest.mark.parametrize("method", sorted(SECTIONS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_each_field_is_in_the_values_of_exactly_one_tag(method):
     teacher = ["--method.teacher", "somewhere"] if method == "tfkd_self" else []
     config = configured("--method.name", method, *teacher)

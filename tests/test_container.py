@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +17,7 @@ from pskd.command_line import load
 from tests.containers import built, configure, needs_containers, podman, site_paths
 from tests.hosts import ADDRESSES, two_hosts
 from tests.launches import DEADLINE_S, ROOT, metrics, result, status
+from tests.system import needs_ip
 
 NODES = ("--nodes", "2", "--node-rank", "1", "--master", "10.0.0.1")
 FLAGS = ("--recipe", "digits-pskd", "--run.dir", "runs/some-run")
@@ -325,7 +325,7 @@ def test_a_container_that_is_stopped_goes_on_to_the_same_weights(
 
 
 @containers
-@pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2")
+@needs_ip
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "node-local"])
 def test_containers_on_two_hosts_train_what_one_does(image, tmp_path, on_one_node, shared):
     disks = [tmp_path / ("runs" if shared else f"runs-{host}") for host in (0, 1)]

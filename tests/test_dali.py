@@ -23,32 +23,19 @@ from torchvision.transforms import functional as F
 from pskd import draws
 from pskd.data import colour, imagefolder
 from pskd.data.dali import DaliData
-from pskd.data.graph import ImageOptions, make_pipeline
+from pskd.data.graph import make_pipeline
+from pskd.data.interface import validation_batches
 from pskd.data.views import PEER
 from pskd.errors import PskdError
 from pskd.order import Plan, Walk
 from tests.launches import ROOT
 from tests.photos import BAD_BODIES, BAD_HEADERS, ODD_NAMES, make_folder, make_nasty
+from tests.reading import changed, plain_options
 
 CPU = torch.device("cpu")
 SEED = 7
-PLAIN = ImageOptions(
-    augment="standard",
-    flip=True,
-    image_size=32,
-    resize_schedule=(),
-    crop_scale=(0.08, 1.0),
-    crop_ratio=(3 / 4, 4 / 3),
-    validation_resize=36,
-    interpolation="linear",
-    on_bad_image="stop",
-    mixed=False,
-    hw_decoder_load=0.65,
-    threads=2,
-    prefetch=2,
-    channels_last=False,
-)
-WHOLE = replace(PLAIN, crop_scale=(1.0, 1.0))  # about all of an image: its damage as well
+PLAIN = plain_options(image_size=32, validation_resize=36)
+WHOLE = changed(PLAIN, crop_scale=(1.0, 1.0))  # about all of an image: its damage as well
 INTERPOLATIONS = {
     "linear": InterpolationMode.BILINEAR,
     "cubic": InterpolationMode.BICUBIC,
@@ -85,9 +72,14 @@ def batches(catalog, options=PLAIN, *, plan=None, rank=0, epochs=2, start=(0, 0)
     walk = Walk(plan, SEED, epochs, rank)
     data = DaliData(catalog, CPU, SEED, options, peer)
     data.begin(walk, *start)
+    count = 0
     for micro in walk.start(*start):
         yield micro, data.train_batch(micro)
+        count += 1
     data.close()
+    first, step = start
+    steps = max(0, plan.steps * (epochs - first) - step)
+    assert count == steps * plan.accumulation, "whoever checks each batch has had them all"
 
 
 def digest(image_CHW):
@@ -121,24 +113,24 @@ def levels(images_BCHW):
 
 def trained_by_pil(split, epoch, ids, options=PLAIN, size=None, view=""):
     """The window that was drawn, resized and flipped by PIL: (B, H, W, 3) in 0..255."""
-    size = size or options.image_size
+    size = size or options.section.image_size
     windows = draws.windows(
         SEED,
         epoch,
         ids,
         *split.sizes(ids),
-        scale=options.crop_scale,
-        ratio=options.crop_ratio,
+        scale=options.section.crop_scale,
+        ratio=options.section.crop_ratio,
         view=view,
     )
-    flips = draws.flips(SEED, epoch, ids, view) & options.flip
+    flips = draws.flips(SEED, epoch, ids, view) & options.section.flip
     images = []
     for sample, window, flip in zip(ids.tolist(), windows.tolist(), flips, strict=True):
         image = F.resized_crop(
             picture(split.path(sample)),
             *window,
             [size, size],
-            INTERPOLATIONS[options.interpolation],
+            INTERPOLATIONS[options.section.interpolation],
         )
         images.append(np.asarray(F.hflip(image) if flip else image, np.float64))
     return np.stack(images)
@@ -150,10 +142,10 @@ def validated_by_pil(split, options=PLAIN):
     for sample in range(len(split)):
         image = F.resize(
             picture(split.path(sample)),
-            options.validation_resize,
-            INTERPOLATIONS[options.interpolation],
+            options.section.validation_resize,
+            INTERPOLATIONS[options.section.interpolation],
         )
-        images.append(np.asarray(F.center_crop(image, options.image_size), np.float64))
+        images.append(np.asarray(F.center_crop(image, options.section.image_size), np.float64))
     return np.stack(images)
 
 
@@ -162,7 +154,7 @@ def validated(catalog, options=PLAIN, *, rank=0, world=1, batch_size=64):
     data = DaliData(catalog, CPU, SEED, options)
     parts = [
         (images.clone(), labels.clone())
-        for images, labels in data.validation_batches(rank, world, batch_size)
+        for images, labels in validation_batches(data, rank, world, batch_size)
     ]
     images, labels = zip(*parts, strict=True)
     return torch.cat(images), torch.cat(labels)
@@ -174,7 +166,7 @@ def validated(catalog, options=PLAIN, *, rank=0, world=1, batch_size=64):
 @pytest.fixture(scope="module")
 def expected(catalog):
     """Hashes of two epochs, made by one rank and one thread, one batch ahead."""
-    return hashes(catalog, replace(PLAIN, threads=1, prefetch=1))
+    return hashes(catalog, changed(PLAIN, threads=1, prefetch=1))
 
 
 def test_an_epoch_is_an_exact_cover_and_each_has_its_own_views(expected, catalog):
@@ -187,7 +179,7 @@ def test_an_epoch_is_an_exact_cover_and_each_has_its_own_views(expected, catalog
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_pixels_are_bit_identical_on_any_world(catalog, expected, world, threads, prefetch):
-    options = replace(PLAIN, threads=threads, prefetch=prefetch)
+    options = changed(PLAIN, threads=threads, prefetch=prefetch)
     assert hashes(catalog, options, plan=Plan(105, 24, world)) == expected
 
 
@@ -198,7 +190,7 @@ def test_pixels_are_bit_identical_in_any_batch(
     catalog, expected, global_batch, world, accumulation
 ):
     plan = Plan(105, global_batch, world, accumulation, last_batch="drop")
-    found = hashes(catalog, replace(PLAIN, prefetch=3), plan=plan)
+    found = hashes(catalog, changed(PLAIN, prefetch=3), plan=plan)
     assert len(found) == 2 * plan.trained
     assert found.items() <= expected.items()
 
@@ -207,7 +199,7 @@ def test_pixels_are_bit_identical_in_any_batch(
 @pytest.mark.parametrize("world", [1, 2])
 def test_pixels_are_bit_identical_from_any_step_on(catalog, expected, start, world):
     plan = Plan(105, 24, world)
-    found = hashes(catalog, replace(PLAIN, prefetch=3), plan=plan, start=start)
+    found = hashes(catalog, changed(PLAIN, prefetch=3), plan=plan, start=start)
     assert len(found) == 105 * (2 - start[0]) - 24 * start[1]
     assert found.items() <= expected.items()
 
@@ -238,7 +230,7 @@ def test_the_seed_changes_the_views(catalog, expected):
 
 
 def test_a_batch_is_valid_until_the_next_call(catalog):
-    for _, batch in batches(catalog, replace(PLAIN, prefetch=1), epochs=1):
+    for _, batch in batches(catalog, changed(PLAIN, prefetch=1), epochs=1):
         before = batch.images_BCHW.clone()
         time.sleep(0.05)  # the next ones are decoded meanwhile
         assert torch.equal(batch.images_BCHW, before)
@@ -265,8 +257,8 @@ def test_held_out_and_limited_samples_have_the_files_of_their_ids(catalog):
     reference = trained_by_pil(part.train, 0, ids)
     assert np.abs(levels(batch.images_BCHW) - reference).mean() < 0.5
     assert batch.labels_B.tolist() == part.train.labels_N[ids].tolist()
-    images, labels = validated(part, replace(PLAIN, image_size=36))
-    reference = validated_by_pil(part.validation, replace(PLAIN, image_size=36))
+    images, labels = validated(part, changed(PLAIN, image_size=36))
+    reference = validated_by_pil(part.validation, changed(PLAIN, image_size=36))
     assert labels.tolist() == part.validation.labels_N.tolist()
     assert np.abs(np.median(levels(images) - reference)) < 1
 
@@ -308,8 +300,8 @@ def assert_near(found, wanted, inside=2):
 )
 @pytest.mark.parametrize("flip", [False, True])
 def test_training_pixels_are_torchvisions(photos, interpolation, size, inside, flip):
-    options = replace(PLAIN, image_size=size, validation_resize=256, interpolation=interpolation)
-    options = replace(options, flip=flip)
+    options = changed(PLAIN, image_size=size, validation_resize=256, interpolation=interpolation)
+    options = changed(options, flip=flip)
     for micro, batch in batches(photos, options, plan=Plan(40, 40), epochs=2):
         reference = trained_by_pil(photos.train, micro.epoch, micro.ids_B, options)
         assert_near(levels(batch.images_BCHW), reference, inside)
@@ -336,14 +328,14 @@ def odd_sizes(tmp_path_factory):
     ("resize", "size"), [(36, 32), (32, 32), (36, 31), (33, 32), (35, 32), (34, 32), (80, 64)]
 )
 def test_validation_pixels_are_torchvisions(odd_sizes, resize, size):
-    options = replace(PLAIN, validation_resize=resize, image_size=size)
+    options = changed(PLAIN, validation_resize=resize, image_size=size)
     images, labels = validated(odd_sizes, options)
     assert labels.tolist() == [0] * len(odd_sizes.validation)
     assert_near(levels(images), validated_by_pil(odd_sizes.validation, options))
 
 
 def test_validation_of_photos_is_torchvisions_256_and_224(photos):
-    options = replace(PLAIN, validation_resize=256, image_size=224)
+    options = changed(PLAIN, validation_resize=256, image_size=224)
     images, labels = validated(photos, options, batch_size=16)
     assert labels.tolist() == photos.validation.labels_N.tolist()
     assert_near(levels(images), validated_by_pil(photos.validation, options))
@@ -367,8 +359,8 @@ def once(catalog):
 def test_203_images_are_each_validated_once(catalog, once, world, batch_size):
     found, sizes = [], []
     for rank in range(world):
-        data = DaliData(catalog, CPU, SEED, replace(PLAIN, prefetch=3))
-        for images, labels in data.validation_batches(rank, world, batch_size):
+        data = DaliData(catalog, CPU, SEED, changed(PLAIN, prefetch=3))
+        for images, labels in validation_batches(data, rank, world, batch_size):
             assert 1 <= len(labels) <= batch_size
             first = len(found)
             found += [digest(image) for image in images]
@@ -383,13 +375,13 @@ def test_ranks_without_a_sample_validate_nothing(catalog):
     counts = []
     for rank in range(5):
         data = DaliData(few, CPU, SEED, PLAIN)
-        counts.append(sum(len(labels) for _, labels in data.validation_batches(rank, 5, 8)))
+        counts.append(sum(len(labels) for _, labels in validation_batches(data, rank, 5, 8)))
     assert sorted(counts) == [0, 0, 0, 1, 1]
 
 
 def test_validation_between_two_steps_disturbs_neither(catalog, expected, once):
     walk = Walk(Plan(105, 24), SEED, 2, 0)
-    data = DaliData(catalog, CPU, SEED, replace(PLAIN, prefetch=3))
+    data = DaliData(catalog, CPU, SEED, changed(PLAIN, prefetch=3))
     data.begin(walk, 0, 0)
     for micro in walk.start(0, 0):
         batch = data.train_batch(micro)
@@ -397,7 +389,9 @@ def test_validation_between_two_steps_disturbs_neither(catalog, expected, once):
         assert found == [expected[micro.epoch, sample] for sample in micro.ids_B.tolist()]
         if micro.step in (1, 4):
             validation = [
-                digest(image) for images, _ in data.validation_batches(0, 1, 50) for image in images
+                digest(image)
+                for images, _ in validation_batches(data, 0, 1, 50)
+                for image in images
             ]
             assert validation == once
 
@@ -434,7 +428,7 @@ def test_the_view_of_a_peer_is_cut_and_flipped_by_its_own_draws(photos):
     def peer(_, ids_B):
         return 39 - ids_B
 
-    options = replace(PLAIN, image_size=64, validation_resize=64)
+    options = changed(PLAIN, image_size=64, validation_resize=64)
     for micro, batch in batches(photos, options, plan=Plan(40, 20), peer=peer):
         reference = trained_by_pil(photos.train, micro.epoch, 39 - micro.ids_B, options, view=PEER)
         assert_near(levels(batch.peer_BCHW), reference)
@@ -443,7 +437,7 @@ def test_the_view_of_a_peer_is_cut_and_flipped_by_its_own_draws(photos):
 @pytest.mark.parametrize("prefetch", [1, 4])
 def test_training_images_grow_with_the_epoch_and_not_before(photos, prefetch):
     schedule = ((0, 20), (1, 28), (3, 40))
-    options = replace(PLAIN, resize_schedule=schedule, prefetch=prefetch)
+    options = changed(PLAIN, resize_schedule=schedule, prefetch=prefetch)
     sizes = {}
     for micro, batch in batches(photos, options, plan=Plan(40, 16), epochs=4):
         size = batch.images_BCHW.shape[-1]
@@ -457,7 +451,7 @@ def test_training_images_grow_with_the_epoch_and_not_before(photos, prefetch):
 
 
 def test_before_the_schedule_begins_images_have_their_usual_size(photos):
-    options = replace(PLAIN, resize_schedule=((1, 24),))
+    options = changed(PLAIN, resize_schedule=((1, 24),))
     sizes = [
         batch.images_BCHW.shape[-1]
         for _, batch in batches(photos, options, plan=Plan(40, 40), start=(0, 0), epochs=3)
@@ -467,7 +461,7 @@ def test_before_the_schedule_begins_images_have_their_usual_size(photos):
 
 def test_colours_are_those_of_the_samples_on_the_plain_pixels(catalog):
     mean, std = (torch.tensor(t)[:, None, None] for t in (colour.MEAN, colour.STD))
-    coloured = batches(catalog, replace(PLAIN, augment="pskd-imagenet"), peer=shifted)
+    coloured = batches(catalog, changed(PLAIN, augment="pskd-imagenet"), peer=shifted)
     plain = batches(catalog, PLAIN, peer=shifted)
     for (micro, found), (_, flat) in zip(coloured, plain, strict=True):
         for ids, view, images, pixels in (
@@ -481,22 +475,22 @@ def test_colours_are_those_of_the_samples_on_the_plain_pixels(catalog):
 
 
 def test_colours_are_for_training_only(catalog, once):
-    images, _ = validated(catalog, replace(PLAIN, augment="pskd-imagenet"))
+    images, _ = validated(catalog, changed(PLAIN, augment="pskd-imagenet"))
     assert [digest(image) for image in images] == once
 
 
 def test_coloured_pixels_are_bit_identical_on_any_world(catalog):
-    options = replace(PLAIN, augment="pskd-imagenet")
-    reference = hashes(catalog, replace(options, threads=1), plan=Plan(105, 16, 1, 2))
+    options = changed(PLAIN, augment="pskd-imagenet")
+    reference = hashes(catalog, changed(options, threads=1), plan=Plan(105, 16, 1, 2))
     for plan in (Plan(105, 16, 2), Plan(105, 32, 4), Plan(105, 24), Plan(105, 35, 1, 7)):
-        assert hashes(catalog, replace(options, prefetch=3), plan=plan) == reference
+        assert hashes(catalog, changed(options, prefetch=3), plan=plan) == reference
 
 
 @pytest.mark.parametrize("augment", ["standard", "pskd-imagenet"])
 def test_channels_last_gives_the_same_values(catalog, augment):
-    options = replace(PLAIN, augment=augment)
+    options = changed(PLAIN, augment=augment)
     usual = batches(catalog, options, peer=shifted, epochs=1)
-    last = batches(catalog, replace(options, channels_last=True), peer=shifted, epochs=1)
+    last = batches(catalog, changed(options, channels_last=True), peer=shifted, epochs=1)
     for (_, a), (_, b) in zip(usual, last, strict=True):
         for wanted, found in (
             (a.images_BCHW, b.images_BCHW),
@@ -508,13 +502,13 @@ def test_channels_last_gives_the_same_values(catalog, augment):
                 assert found.is_contiguous(memory_format=torch.channels_last)
             else:
                 assert torch.allclose(found, wanted, rtol=0, atol=2e-5)
-    images, _ = validated(catalog, replace(options, channels_last=True))
+    images, _ = validated(catalog, changed(options, channels_last=True))
     assert torch.equal(images, validated(catalog, options)[0])
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_without_flip_nothing_is_mirrored(catalog, expected):
-    never = hashes(catalog, replace(PLAIN, flip=False))
+    never = hashes(catalog, changed(PLAIN, flip=False))
     for (epoch, sample), found in never.items():
         mirrored = draws.flips(SEED, epoch, np.array([sample]))[0]
         assert (found == expected[epoch, sample]) == (not mirrored)
@@ -576,7 +570,7 @@ def test_a_bad_image_stops_and_is_named(small, kind):
     damage(Path(path), kind)
     seen = {}
     with pytest.raises(PskdError) as caught:
-        for micro, batch in batches(catalog, replace(WHOLE, prefetch=3), plan=plan):
+        for micro, batch in batches(catalog, changed(WHOLE, prefetch=3), plan=plan):
             for sample, image in zip(batch.ids_B.tolist(), batch.images_BCHW, strict=True):
                 seen[micro.epoch, sample] = digest(image)
     text = str(caught.value)
@@ -599,7 +593,7 @@ def test_a_bad_image_that_is_met_in_a_later_epoch_names_that(small):
     plan = Plan(24, 8)
     bad = sample_at(plan, 1, 2, row=3)
     walk = Walk(plan, SEED, 2, 0)
-    data = DaliData(catalog, CPU, SEED, replace(WHOLE, prefetch=1))
+    data = DaliData(catalog, CPU, SEED, changed(WHOLE, prefetch=1))
     data.begin(walk, 0, 0)
     with pytest.raises(PskdError, match=rf"\(sample {bad}\) .* in epoch 1, step 2\b"):
         for micro in walk.start(0, 0):
@@ -613,7 +607,7 @@ def test_a_bad_image_that_is_met_in_a_later_epoch_names_that(small):
 def test_a_bad_image_is_substituted_and_no_other_sample_notices(small, kind, augment, caplog):
     catalog, _ = small
     plan = Plan(24, 8)
-    options = replace(WHOLE, on_bad_image="substitute", prefetch=3, augment=augment)
+    options = changed(WHOLE, on_bad_image="substitute", prefetch=3, augment=augment)
     clean = hashes(catalog, options, plan=plan)
     bad = sample_at(plan, 0, 1, row=2)
     damage(Path(catalog.train.path(bad)), kind)
@@ -643,7 +637,7 @@ def substituted_run(catalog, options, plan, bad, clean, epochs=2):
                 flat = image.flatten(1)
                 assert torch.isfinite(flat).all()
                 assert torch.allclose(flat, flat[:, :1].expand_as(flat), atol=1e-5)  # one colour
-                if options.augment == "standard":
+                if options.section.augment == "standard":
                     assert np.abs(levels(image[None]) - 128).max() < 0.01
             else:
                 assert digest(image) == clean[micro.epoch, sample]
@@ -665,7 +659,7 @@ WHERE = {
 def test_bad_images_anywhere_are_substituted(small, where, prefetch):
     catalog, _ = small
     plan = Plan(24, 8)
-    options = replace(WHOLE, on_bad_image="substitute", prefetch=prefetch)
+    options = changed(WHOLE, on_bad_image="substitute", prefetch=prefetch)
     clean = hashes(catalog, options, plan=plan)
     bad = {sample_at(plan, *place) for place in WHERE[where]}
     kinds = (*BAD_BODIES, *BAD_HEADERS)
@@ -677,7 +671,7 @@ def test_bad_images_anywhere_are_substituted(small, where, prefetch):
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 2), (2, 1), (2, 2)])
 def test_bad_images_are_substituted_on_any_rank_and_micro_batch(small, world, accumulation):
     catalog, _ = small
-    options = replace(WHOLE, on_bad_image="substitute", prefetch=3)
+    options = changed(WHOLE, on_bad_image="substitute", prefetch=3)
     clean = hashes(catalog, options)
     bad = {1, 9, 14, 22}
     for sample in bad:
@@ -700,7 +694,7 @@ def test_a_bad_peer_takes_its_sample_along(small):
     def peer(_, ids_B):
         return (ids_B + 10) % 24
 
-    options = replace(WHOLE, on_bad_image="substitute", prefetch=3)
+    options = changed(WHOLE, on_bad_image="substitute", prefetch=3)
     clean = [
         (list(map(digest, b.images_BCHW)), list(map(digest, b.peer_BCHW)))
         for _, b in batches(catalog, options, plan=plan, peer=peer)
@@ -732,7 +726,7 @@ def test_a_bad_peer_is_named_with_its_own_id(small):
 def test_an_image_that_goes_bad_after_it_was_decoded_ahead_is_not_missed_later(small):
     catalog, _ = small
     plan = Plan(24, 8)
-    options = replace(WHOLE, on_bad_image="substitute", prefetch=3)
+    options = changed(WHOLE, on_bad_image="substitute", prefetch=3)
     clean = hashes(catalog, options, plan=plan)
     bad = sample_at(plan, 0, 1)
     met = []
@@ -754,14 +748,14 @@ def test_a_truncated_image_fails_only_where_the_window_meets_the_damage(tmp_path
     catalog = load(tmp_path)
     for sample in (2, 5):
         damage(Path(catalog.train.path(sample)), "half")
-    options = replace(PLAIN, crop_scale=(0.05, 0.3), on_bad_image="substitute")
+    options = changed(PLAIN, crop_scale=(0.05, 0.3), on_bad_image="substitute")
     outcomes = []
-    for changed, plan in (
-        (replace(options, threads=1, prefetch=1), Plan(8, 8)),
-        (replace(options, prefetch=3), Plan(8, 2)),
+    for chosen, plan in (
+        (changed(options, threads=1, prefetch=1), Plan(8, 8)),
+        (changed(options, prefetch=3), Plan(8, 2)),
     ):
         found = {}
-        for micro, batch in batches(catalog, changed, plan=plan, epochs=12):
+        for micro, batch in batches(catalog, chosen, plan=plan, epochs=12):
             for row, sample in enumerate(batch.ids_B.tolist()):
                 image = batch.images_BCHW[row]
                 found[micro.epoch, sample] = None if row in batch.absent else digest(image)
@@ -796,7 +790,7 @@ def meet_an_unreadable_image():
     path.chmod(0)
     with pytest.raises(PermissionError):
         path.read_bytes()
-    for options in (WHOLE, replace(WHOLE, on_bad_image="substitute")):
+    for options in (WHOLE, changed(WHOLE, on_bad_image="substitute")):
         with pytest.raises(PskdError, match="cannot be read: Permission denied") as caught:
             list(batches(catalog, options, plan=Plan(4, 4)))
         assert str(path) in str(caught.value)
@@ -808,10 +802,10 @@ def test_a_bad_validation_image_is_refused_by_its_path(small, kind):
     catalog, _ = small
     path = Path(catalog.validation.path(13))
     damage(path, kind)
-    data = DaliData(catalog, CPU, SEED, replace(PLAIN, on_bad_image="substitute", prefetch=3))
+    data = DaliData(catalog, CPU, SEED, changed(PLAIN, on_bad_image="substitute", prefetch=3))
     delivered = 0
     with pytest.raises(PskdError) as caught:
-        for _, labels in data.validation_batches(0, 1, 5):
+        for _, labels in validation_batches(data, 0, 1, 5):
             delivered += len(labels)
     assert delivered == 10
     what = "cannot be read: " if kind in GONE else "cannot be decoded"
@@ -822,7 +816,7 @@ def test_a_bad_validation_image_is_refused_by_its_path(small, kind):
 @pytest.mark.parametrize("kind", GONE)
 def test_a_file_that_has_gone_stops_even_where_bad_images_are_substituted(small, kind):
     catalog, _ = small
-    data = DaliData(catalog, CPU, SEED, replace(WHOLE, on_bad_image="substitute", prefetch=1))
+    data = DaliData(catalog, CPU, SEED, changed(WHOLE, on_bad_image="substitute", prefetch=1))
     walk, path = Walk(Plan(24, 8), SEED, 3, 0), Path(catalog.train.path(7))
     damage(path, "half")
     data.begin(walk, 0, 0)
@@ -839,7 +833,7 @@ def test_an_image_that_was_bad_before_costs_no_new_pipeline(small, monkeypatch, 
     catalog, _ = small
     damage(Path(catalog.train.path(7)), "half")
     damage(Path(catalog.train.path(20)), "empty")
-    data = DaliData(catalog, CPU, SEED, replace(WHOLE, on_bad_image="substitute"))
+    data = DaliData(catalog, CPU, SEED, changed(WHOLE, on_bad_image="substitute"))
     starts = []
     begin = data._start
     monkeypatch.setattr(data, "_start", lambda *where: (starts.append(where), begin(*where)))
@@ -867,7 +861,7 @@ def test_an_error_that_no_image_causes_is_not_blamed_on_one(small):
 
     broken.armed = False
     walk = Walk(Plan(24, 8), SEED, 2, 0)
-    data = DaliData(catalog, CPU, SEED, replace(WHOLE, on_bad_image="substitute"), broken)
+    data = DaliData(catalog, CPU, SEED, changed(WHOLE, on_bad_image="substitute"), broken)
     data.begin(walk, 0, 0)
     broken.armed = True
     with pytest.raises(ValueError, match="no peer today"):
@@ -903,9 +897,9 @@ def test_windows_of_odd_images_are_those_that_pil_decodes(odd):
     ids = np.array(list(plain.values()))
     width, height = (int(side[0]) for side in catalog.train.sizes(ids))
     part = replace(catalog, train=catalog.train.take(ids))
-    options = replace(PLAIN, image_size=64, validation_resize=64, crop_ratio=(1.0, 1.0))
+    options = changed(PLAIN, image_size=64, validation_resize=64, crop_ratio=(1.0, 1.0))
     share = 64 * 64 / (width * height)
-    options = replace(options, crop_scale=(share, share))
+    options = changed(options, crop_scale=(share, share))
     for micro, batch in batches(part, options, plan=Plan(len(ids), len(ids)), epochs=3):
         reference = trained_by_pil(part.train, micro.epoch, micro.ids_B, options)
         for k, found, wanted in zip(
@@ -922,7 +916,7 @@ def test_whole_odd_images_are_those_that_pil_decodes(odd):
     shorter = min(width, height)
     part = replace(catalog, validation=catalog.validation.take(ids))
     size = shorter - 33  # nothing is resized
-    options = replace(PLAIN, validation_resize=shorter, image_size=size)
+    options = changed(PLAIN, validation_resize=shorter, image_size=size)
     images, _ = validated(part, options)
     for k, (what, found) in enumerate(zip(plain, levels(images), strict=True)):
         wanted = np.asarray(F.center_crop(picture(part.validation.path(k)), size), np.float64)
@@ -960,7 +954,7 @@ def serialised(options, **how):
     return graph(options, **how).serialize()
 
 
-MIXED = replace(PLAIN, mixed=True, augment="pskd-imagenet", hw_decoder_load=0.8125)
+MIXED = changed(PLAIN, mixed=True, augment="pskd-imagenet", hw_decoder_load=0.8125)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is built where there is a GPU")
@@ -974,7 +968,7 @@ def test_the_mixed_graph_asks_for_a_gpu_and_for_nothing_else(whole):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_the_mixed_graph_is_constructed_and_serialised(whole, channels_last, interpolation):
-    options = replace(MIXED, channels_last=channels_last, interpolation=interpolation)
+    options = changed(MIXED, channels_last=channels_last, interpolation=interpolation)
     mixed = serialised(options, whole=whole)
     for name in (
         b"hw_decoder_load",
@@ -986,7 +980,7 @@ def test_the_mixed_graph_is_constructed_and_serialised(whole, channels_last, int
     ):
         assert name in mixed
     assert np.float32(0.8125).tobytes() in mixed
-    cpu = serialised(replace(options, mixed=False), whole=whole)
+    cpu = serialised(changed(options, mixed=False), whole=whole)
     assert b"hw_decoder_load" not in cpu
     assert b"mixed" not in cpu
     assert (b"decoders__ImageSlice" in mixed) == (b"decoders__ImageSlice" in cpu) == (not whole)
@@ -997,7 +991,7 @@ def test_the_mixed_graph_is_constructed_and_serialised(whole, channels_last, int
 )
 def test_wrong_arguments_of_the_mixed_graph_are_refused(wrong):
     with pytest.raises((TypeError, KeyError, RuntimeError, ValueError)) as caught:
-        serialised(replace(MIXED, **wrong))
+        serialised(changed(MIXED, **wrong))
     assert "CUDA" not in str(caught.value)
 
 
@@ -1008,7 +1002,7 @@ def on_gpu(catalog, options, *, consume=None, epochs=2):
     """(epoch, id) -> image on the host, decoded on the GPU."""
     device = torch.device("cuda", 0)
     walk = Walk(Plan(len(catalog.train), 8), SEED, epochs, 0)
-    data = DaliData(catalog, device, SEED, replace(options, mixed=True))
+    data = DaliData(catalog, device, SEED, changed(options, mixed=True))
     data.begin(walk, 0, 0)
     kept = []
     for micro in walk.start(0, 0):
@@ -1032,7 +1026,7 @@ def on_gpu(catalog, options, *, consume=None, epochs=2):
 @pytest.mark.gpu
 @pytest.mark.parametrize("load", [0.0, 0.65, 1.0])
 def test_pixels_decoded_on_a_gpu_are_the_same_in_two_runs(photos, load):
-    options = replace(PLAIN, image_size=224, validation_resize=256, hw_decoder_load=load)
+    options = changed(PLAIN, image_size=224, validation_resize=256, hw_decoder_load=load)
     first, second = (on_gpu(photos, options) for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -1043,7 +1037,7 @@ def test_pixels_decoded_on_a_gpu_are_the_same_in_two_runs(photos, load):
 @pytest.mark.parametrize("augment", ["standard", "pskd-imagenet"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_pixels_decoded_on_a_gpu_are_near_those_of_the_cpu(photos, augment, channels_last):
-    options = replace(
+    options = changed(
         PLAIN,
         image_size=224,
         validation_resize=256,
@@ -1060,7 +1054,7 @@ def test_pixels_decoded_on_a_gpu_are_near_those_of_the_cpu(photos, augment, chan
 @gpu
 @pytest.mark.gpu
 def test_a_late_reader_on_the_gpu_reads_its_own_batch(photos):
-    options = replace(PLAIN, image_size=224, validation_resize=256, prefetch=1)
+    options = changed(PLAIN, image_size=224, validation_resize=256, prefetch=1)
     prompt = on_gpu(photos, options)
 
     def delay():
@@ -1074,7 +1068,7 @@ def test_a_late_reader_on_the_gpu_reads_its_own_batch(photos):
 @pytest.mark.gpu
 def test_a_bad_image_met_by_a_gpu_is_substituted(small):
     catalog, _ = small
-    options = replace(WHOLE, on_bad_image="substitute", mixed=True)
+    options = changed(WHOLE, on_bad_image="substitute", mixed=True)
     damage(Path(catalog.train.path(4)), "half")
     walk = Walk(Plan(24, 8), SEED, 2, 0)
     data = DaliData(catalog, torch.device("cuda", 0), SEED, options)
@@ -1092,8 +1086,8 @@ def test_validation_on_a_gpu_counts_each_image_once_and_is_near_the_cpu(catalog)
     device = torch.device("cuda", 0)
     found, labels = [], []
     for rank in range(3):
-        data = DaliData(catalog, device, SEED, replace(PLAIN, mixed=True))
-        for images, some in data.validation_batches(rank, 3, 32):
+        data = DaliData(catalog, device, SEED, changed(PLAIN, mixed=True))
+        for images, some in validation_batches(data, rank, 3, 32):
             found.append(images.cpu())
             labels += some.tolist()
     assert labels == catalog.validation.labels_N.tolist()
@@ -1128,13 +1122,13 @@ def left_after_close(root):
     list(batches(catalog, epochs=1))  # what a process starts once stays
     gc.collect()
     before = settled(0, patience_s=2), threading.active_count(), shared_memory()
-    options = replace(PLAIN, threads=5, prefetch=3)
+    options = changed(PLAIN, threads=5, prefetch=3)
     walk = Walk(Plan(105, 24), SEED, 2, 0)
     data = DaliData(catalog, CPU, SEED, options)
     data.begin(walk, 0, 0)
     data.train_batch(next(walk.start(0, 0)))
     begun = threads()
-    abandoned = data.validation_batches(0, 1, 20)
+    abandoned = validation_batches(data, 0, 1, 20)
     next(abandoned)
     most = threads()
     abandoned.close()
@@ -1164,10 +1158,10 @@ def test_pipelines_that_failed_leave_no_thread(small):
     before = settled(threads())
     for _ in range(3):
         with pytest.raises(PskdError):
-            list(batches(catalog, replace(WHOLE, threads=5), plan=Plan(24, 8)))
+            list(batches(catalog, changed(WHOLE, threads=5), plan=Plan(24, 8)))
         gc.collect()  # the exception holds the frames that hold the pipeline
     assert settled(before) <= before
-    options = replace(WHOLE, threads=5, on_bad_image="substitute")
+    options = changed(WHOLE, threads=5, on_bad_image="substitute")
     most = absent = 0
     for _, batch in batches(catalog, options, plan=Plan(24, 8), epochs=4):
         absent += len(batch.absent)
@@ -1180,20 +1174,21 @@ def test_pipelines_that_failed_leave_no_thread(small):
 
 MEMORY = """
 import sys
-from dataclasses import replace
 from pathlib import Path
 import psutil
 from pskd.data.dali import DaliData
+from pskd.data.interface import validation_batches
 from pskd.order import Plan, Walk
+from tests.reading import changed
 from tests.test_dali import CPU, PLAIN, SEED, load
-options = replace(PLAIN, image_size=160, validation_resize=160, prefetch=3)
+options = changed(PLAIN, image_size=160, validation_resize=160, prefetch=3)
 walk = Walk(Plan(40, 10), SEED, 120, 0)
 data = DaliData(load(Path(sys.argv[1])), CPU, SEED, options)
 data.begin(walk, 0, 0)
 for micro in walk.start(0, 0):
     data.train_batch(micro)
     if micro.step == 3:
-        for _ in data.validation_batches(0, 1, 20):
+        for _ in validation_batches(data, 0, 1, 20):
             pass
         print(psutil.Process().memory_info().rss, flush=True)
 """

@@ -27,11 +27,10 @@ from pskd import command_line
 from pskd.data import fashion_mnist
 from pskd.data.arrays import ArrayData
 from pskd.data.catalog import Catalog, Split, load
-from pskd.errors import PskdError
 from pskd.store import open_generation
 from pskd.store.format import parse_header
 from tests.launches import result, train
-from tests.test_failures import assert_refused
+from tests.refusals import assert_refused, refusal
 from tests.test_order import scalar_hash64
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: refused at once, with or without a network
@@ -41,12 +40,6 @@ def read(name, root=None, *, download=False, held_out=0, limit=0, pad_to=0):
     """`catalog.load` with everything off."""
     root = None if root is None else str(root)
     return load(name, root=root, download=download, held_out=held_out, limit=limit, pad_to=pad_to)
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(PskdError) as caught:
-        function(*args, **options)
-    return str(caught.value)
 
 
 def flip(path, position=-1):

@@ -13,8 +13,8 @@ from pskd.errors import PskdError
 from pskd.progress import readable_bytes
 from tests import forked
 from tests.forked import ForkedJob
+from tests.refusals import assert_refused
 from tests.system import mounted, needs_root
-from tests.test_failures import assert_refused
 
 
 def need(*flags, generation=1000):

@@ -13,7 +13,9 @@ from pskd import command_line, deepspeed_config, job
 from pskd.checkpoint import Checkpoints, Position
 from pskd.data import digits
 from pskd.data.arrays import ArrayData
-from pskd.data.mix import Erasing, Mixer, Mixing
+from pskd.data.interface import validation_batches
+from pskd.data.mix import Mixer
+from pskd.data.sections import ErasingSection, MixingSection
 from pskd.engine import Engine
 from pskd.errors import AgreedDamage, AgreedError, DamagedError, PskdError
 from pskd.guard import Guard
@@ -92,7 +94,7 @@ def trainer_of(
         world=world,
         sites=Sites(world, [0] * world.size),
         run_dir=RunDir(Path(path)),
-        mixer=Mixer(0, Mixing(), Erasing()),
+        mixer=Mixer(0, MixingSection(), ErasingSection()),
         data=ArrayData(catalog, world.device, 0, 1, False),
         plan=plan,
         num_classes=10,
@@ -252,7 +254,7 @@ def evaluate(world: World, path: str) -> tuple[dict[str, float | None], dict[str
     model = network_with_statistics(running_mean=float(world.rank))
     trainer = trainer_of(world, model, batch=20, path=path)
     sharded = trainer._evaluate(0)
-    ((images_BCHW, labels_B),) = trainer.data.validation_batches(0, 1, 1000)
+    ((images_BCHW, labels_B),) = validation_batches(trainer.data, 0, 1, 1000)
     with torch.no_grad():
         whole = summarize(network_with_statistics(0.0).eval()(images_BCHW), labels_B)
     return sharded, whole
@@ -281,7 +283,7 @@ def evaluation_file(world: World, path: str) -> list[list[int]]:
             found.append(arrays["rank"].tolist())
         dist.barrier(group=world.control)
         (Path(path) / "evaluation.npz").unlink(missing_ok=True)
-    ((images_BCHW, labels_B),) = trainer.data.validation_batches(0, 1, 1000)
+    ((images_BCHW, labels_B),) = validation_batches(trainer.data, 0, 1, 1000)
     with torch.no_grad():
         records = per_sample(network_with_statistics(0.0).eval()(images_BCHW), labels_B)
     return [*found, records.label_N.tolist(), records.rank_N.tolist()]
@@ -338,7 +340,7 @@ def test_all_ranks_learn_of_requests_and_of_a_bad_loss(pool):
 
 def compare_configurations(world: World, flag: str) -> str:
     """What a rank hears when the last rank was given one more flag, `flag`."""
-    flags = ["--recipe", "digits-pskd"] + [flag] * (world.rank == world.size - 1)
+    flags = ["--recipe", "fashion-mnist-2k-pskd"] + [flag] * (world.rank == world.size - 1)
     try:
         job.compare_configurations(command_line.load(flags), world)
     except PskdError as error:

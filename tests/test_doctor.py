@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from tests.forked import doctor
 from tests.hosts import ADDRESSES, two_hosts
 from tests.launches import DEADLINE_S, ROOT
 from tests.photos import make_folder
-from tests.system import mounted, needs_root
+from tests.system import mounted, needs_ip, needs_root
 
 DIGITS = "--recipe=digits-pskd"
 
@@ -480,7 +479,7 @@ def on_both(hosts, tmp_path, private=None):
 two_real_hosts = [
     pytest.mark.slow,
     needs_root,
-    pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2"),
+    needs_ip,
 ]
 
 

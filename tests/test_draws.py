@@ -13,6 +13,7 @@ from pskd import draws
 from pskd.data import digits
 from pskd.data.arrays import ArrayData
 from pskd.data.catalog import Catalog, Split
+from pskd.data.interface import validation_batches
 from pskd.hashing import hash64
 from pskd.order import MicroBatch, Plan, epoch_order
 
@@ -264,7 +265,9 @@ def test_validation_counts_every_sample_once_unaugmented(world, batch_size, n):
     catalog = random_catalog(1, validation=n)
     data = ArrayData(catalog, CPU, seed=0, crop_padding=4, flip=True)
     batches = [
-        batch for rank in range(world) for batch in data.validation_batches(rank, world, batch_size)
+        batch
+        for rank in range(world)
+        for batch in validation_batches(data, rank, world, batch_size)
     ]
     assert all(1 <= len(labels) <= batch_size for _, labels in batches)
     labels = torch.cat([labels for _, labels in batches])
@@ -278,7 +281,7 @@ def test_validation_counts_every_sample_once_unaugmented(world, batch_size, n):
 def test_validation_shares_of_the_digits_differ_by_at_most_one(catalog, world):
     data = ArrayData(catalog, CPU, seed=0, crop_padding=0, flip=False)
     shares = [
-        sum(len(labels) for _, labels in data.validation_batches(rank, world, 64))
+        sum(len(labels) for _, labels in validation_batches(data, rank, world, 64))
         for rank in range(world)
     ]
     assert sum(shares) == 360

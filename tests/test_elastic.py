@@ -18,8 +18,8 @@ from pskd.store.segment import SegmentReader
 from pskd.weights import read_weights
 from tests import forked
 from tests.launches import cut_back, metrics, result, status, train, wait_for_no_trace
+from tests.refusals import assert_refused
 from tests.system import needs_root
-from tests.test_failures import assert_refused
 
 N, BATCH, EPOCHS, STEPS = 256, 32, 3, 8
 FLAGS = (

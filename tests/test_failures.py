@@ -1,7 +1,6 @@
 """Bad input and bad luck in real launches: one clear message, non-zero exit, nothing lost."""
 
 import os
-import re
 import resource
 import signal
 import time
@@ -12,24 +11,12 @@ import torch
 from tests import forked
 from tests.forked import ForkedJob
 from tests.launches import ROOT, Job, kill, metrics, processes_of, result, status, train
+from tests.refusals import assert_refused
 from tests.test_checkpoint import Evil, plant
 
 # One thread: on a busy machine, threads of one process wait for each other most of the time.
 LONG = ("--recipe=digits-pskd", "--run.threads=1")
 BRIEF = (*LONG, "--train.epochs=2", "--schedule.milestones=[1]")
-
-
-def assert_refused(job, *parts, run_failed=False):
-    output = job.output()
-    assert job.process.returncode == 1, output
-    errors = re.findall(r"error: .*", output)
-    assert len(errors) == 1, output  # said once
-    for part in parts:
-        assert part in errors[0]
-    assert f"{ROOT}/pskd/" not in output, output  # torchrun's own traceback is not ours to silence
-    if run_failed:
-        assert status(job.run_dir)["state"] == "failed"
-        assert status(job.run_dir)["reason"] in errors[0]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,13 @@ from torch import distributed as dist
 from pskd import command_line, loading, world
 from pskd.checkpoint import Position
 from pskd.data.index import NAME, places
-from pskd.errors import PskdError
 from pskd.order import Plan
 from pskd.store import open_generation
 from tests import forked
 from tests.forked import ForkedJob
 from tests.launches import (
     Job,
+    assert_same_result,
     kill,
     metrics,
     processes_of,
@@ -32,9 +31,10 @@ from tests.launches import (
     wait_for_no_process,
 )
 from tests.photos import make_folder
+from tests.reading import changed
+from tests.refusals import assert_refused, refusal
 from tests.system import needs_root
 from tests.test_dali import PLAIN, SEED, batches, damage, load
-from tests.test_failures import assert_refused
 
 EPOCHS = 6
 SIZES = ("--data.image_size=32", "--data.validation_resize=36")
@@ -51,7 +51,6 @@ FLAGS = (
     "--checkpoint.every_steps=1",
     "--run.threads=1",
 )
-MEASURES = ("train_loss", "lr", "alpha", "top1_error", "nll", "ece", "aurc")
 
 
 def make_splits(root):
@@ -142,12 +141,8 @@ def kill_inside_an_epoch(job, whom="all"):
 
 
 def assert_same_run(run_dir, reference):
-    assert result(run_dir)["weights_sha256"] == result(reference)["weights_sha256"]
+    assert_same_result(run_dir, reference, EPOCHS)
     assert result(run_dir)["images_not_decoded"] == result(reference)["images_not_decoded"]
-    lines, expected = metrics(run_dir), metrics(reference)
-    assert [line["epoch"] for line in lines] == list(range(EPOCHS))
-    for line, want in zip(lines, expected, strict=True):
-        assert {k: line[k] for k in MEASURES} == {k: want[k] for k in MEASURES}
     assert status(run_dir)["state"] == "complete"
 
 
@@ -251,7 +246,7 @@ def outcomes(catalog, ids):
     found = {}
     plan = Plan(len(catalog.train), 24)
     for micro, batch in batches(
-        catalog, replace(PLAIN, on_bad_image="substitute"), plan=plan, epochs=EPOCHS
+        catalog, changed(PLAIN, on_bad_image="substitute"), plan=plan, epochs=EPOCHS
     ):
         for row, sample in enumerate(micro.ids_B.tolist()):
             if sample in ids:
@@ -466,12 +461,6 @@ def alone():
 
 def samples_of(here, *flags):
     return loading.samples(command_line.load([*FLAGS, *flags]), here)
-
-
-def refusal(function, *args):
-    with pytest.raises(PskdError) as caught:
-        function(*args)
-    return str(caught.value)
 
 
 def test_the_samples_of_a_folder_are_as_configured(alone, folder):

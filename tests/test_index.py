@@ -39,16 +39,10 @@ from pskd.data.index import (
 )
 from pskd.data.index_check import check_same_classes, verify
 from pskd.data.labels import GroundTruth, PathList
-from pskd.errors import PskdError
 from tests.photos import BAD_BODIES, BAD_HEADERS, ODD_NAMES, make_folder, make_nasty
+from tests.refusals import refusal
 
 ROOT = Path(__file__).parents[1]
-
-
-def refusal(function, *args, **options):
-    with pytest.raises(PskdError) as caught:
-        function(*args, **options)
-    return str(caught.value)
 
 
 @pytest.fixture(autouse=True)
@@ -1053,7 +1047,7 @@ def test_a_folder_that_can_be_read_in_two_ways_is_refused(tmp_path, capsys, file
         (["--list=a", "--ground-truth=b"], "--list and --ground-truth exclude each other"),
         (["--ground-truth=b"], "--ground-truth needs --classes"),
         (["--classes=b"], "--classes goes with --ground-truth or --list"),
-        (["--workers=0"], "--workers 0"),
+        (["--workers=0"], "--workers is 0"),
         (["--list=/none"], "/none cannot be read"),
     ],
 )

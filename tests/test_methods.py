@@ -19,7 +19,7 @@ from pskd.methods.pskd import (
     soft_cross_entropy_per_sample,
     soft_targets,
 )
-from pskd.methods.sections import SECTIONS, BaselineSection, PSKDSection
+from pskd.methods.sections import METHODS, BaselineSection, PSKDSection
 
 untimed = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 sizes = {"seed": st.integers(0, 2**32 - 1), "b": st.integers(1, 8), "c": st.integers(2, 12)}
@@ -273,10 +273,10 @@ class NoTeacher:
         assert path == "somewhere"
 
 
-@pytest.mark.parametrize("name", sorted(SECTIONS))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_section_has_its_method(name):
     arguments = {"teacher": "somewhere"} if name == "tfkd_self" else {}
-    method = registry.create(SECTIONS[name](**arguments), NoTeacher())
+    method = registry.create(METHODS[name](**arguments), NoTeacher())
     assert method.needs_store == (name == "pskd")
     assert method.needs_peers == (name == "cskd")
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pskd import command_line, deepspeed_config, models
 from pskd.data import digits
 from pskd.data.arrays import ArrayData
+from pskd.data.interface import validation_batches
 from pskd.engine import Engine
 from pskd.errors import PskdError
 from pskd.metrics import summarize
@@ -360,7 +361,7 @@ def evaluated(weights):
     network = models.build(NAME, 10)
     network.load_state_dict(weights)
     data = ArrayData(digits.load(None, False), torch.device("cpu"), 0, 0, False)
-    ((images_BCHW, labels_B),) = data.validation_batches(0, 1, 1000)
+    ((images_BCHW, labels_B),) = validation_batches(data, 0, 1, 1000)
     with torch.no_grad():
         return summarize(network.eval()(images_BCHW), labels_B)
 

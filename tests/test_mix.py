@@ -18,17 +18,15 @@ from pskd.data import digits, imagefolder
 from pskd.data.arrays import ArrayData
 from pskd.data.batch import Batch, Mix
 from pskd.data.dali import DaliData
-from pskd.data.graph import ImageOptions
 from pskd.data.mix import (
-    Erasing,
     Mixer,
-    Mixing,
     cut_boxes,
     cutout_boxes,
     erased_boxes,
     partners,
     shares,
 )
+from pskd.data.sections import ErasingSection, MixingSection
 from pskd.data.views import PEER, SameClass
 from pskd.engine import Engine
 from pskd.errors import AgreedError
@@ -41,14 +39,18 @@ from pskd.store import open_generation
 from pskd.store.store import Store, StoreOptions
 from pskd.trainer import Trainer
 from tests.photos import make_folder
+from tests.reading import changed, plain_options
 
 CPU = torch.device("cpu")
 SEED = 11
 IDS = np.arange(20_000)
 untimed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-MIXUP, CUTMIX = Mixing("mixup", 0.4), Mixing("cutmix", 1.0, 0.9)
-CUTOUT, RANDOM_ERASING = Erasing("cutout", size=4), Erasing("random-erasing", probability=0.7)
-NO_MIXING, NO_ERASING = Mixing(), Erasing()
+MIXUP, CUTMIX = MixingSection("mixup", 0.4), MixingSection("cutmix", 1.0, 0.9)
+CUTOUT, RANDOM_ERASING = (
+    ErasingSection("cutout", size=4),
+    ErasingSection("random-erasing", probability=0.7),
+)
+NO_MIXING, NO_ERASING = MixingSection(), ErasingSection()
 
 
 # --- who mixes with whom --------------------------------------------------------------------
@@ -119,13 +121,13 @@ def test_strangers_are_the_absent_and_those_who_are_mostly_another():
 
 @pytest.mark.parametrize("alpha", [0.2, 0.4, 1.0, 3.0])
 def test_the_shares_of_cutmix_are_beta_distributed(alpha):
-    share = shares(SEED, 0, IDS, Mixing("cutmix", alpha))
+    share = shares(SEED, 0, IDS, MixingSection("cutmix", alpha))
     assert stats.kstest(share, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
 def test_the_shares_of_mixup_are_those_folded_to_at_least_a_half(alpha):
-    share = shares(SEED, 0, IDS, Mixing("mixup", alpha))
+    share = shares(SEED, 0, IDS, MixingSection("mixup", alpha))
     assert share.min() >= 0.5
 
     def folded(x):
@@ -137,25 +139,25 @@ def test_the_shares_of_mixup_are_those_folded_to_at_least_a_half(alpha):
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_so_many_images_are_mixed_and_the_others_not_at_all(name, probability):
-    share = shares(SEED, 3, IDS, Mixing(name, 1.0, probability))
+    share = shares(SEED, 3, IDS, MixingSection(name, 1.0, probability))
     mixed = (share < 1).sum()
     spread = 4 * np.sqrt(len(IDS) * probability * (1 - probability))
     assert abs(mixed - len(IDS) * probability) <= spread
-    always = shares(SEED, 3, IDS, Mixing(name, 1.0))
+    always = shares(SEED, 3, IDS, MixingSection(name, 1.0))
     np.testing.assert_array_equal(share[share < 1], always[share < 1])
 
 
 @pytest.mark.parametrize("alpha", [1e-12, 1e-3, 1e3, 1e12])
 def test_extreme_alphas_give_shares_and_not_nan(alpha):
     for name in ("mixup", "cutmix"):
-        share = shares(SEED, 0, IDS[:2000], Mixing(name, alpha))
+        share = shares(SEED, 0, IDS[:2000], MixingSection(name, alpha))
         assert np.isfinite(share).all() and share.min() >= 0 and share.max() <= 1
         middle = abs(share - 0.5)
         assert (middle < 0.1).all() if alpha > 1 else (middle > 0.4).mean() > 0.99
 
 
 def test_shares_are_drawn_anew_for_each_image_epoch_and_seed():
-    mixing = Mixing("cutmix")
+    mixing = MixingSection("cutmix")
     first = shares(SEED, 0, IDS, mixing)
     for other in (shares(SEED, 1, IDS, mixing), shares(SEED + 1, 0, IDS, mixing)):
         assert (first != other).all()
@@ -171,13 +173,13 @@ boxes = {"height": st.integers(1, 40), "width": st.integers(1, 40), "seed": st.i
 
 def drawn_boxes(kind, seed, height, width):
     ids = IDS[:200]
-    share = shares(seed, 0, ids, Mixing("cutmix"))
+    share = shares(seed, 0, ids, MixingSection("cutmix"))
     match kind:
         case "cut":
             return cut_boxes(seed, 0, ids, share, height, width)
         case "cutout":
-            return cutout_boxes(seed, 0, ids, Erasing("cutout", size=16), height, width, "")
-    return erased_boxes(seed, 0, ids, Erasing("random-erasing"), height, width, "")
+            return cutout_boxes(seed, 0, ids, ErasingSection("cutout", size=16), height, width, "")
+    return erased_boxes(seed, 0, ids, ErasingSection("random-erasing"), height, width, "")
 
 
 @untimed
@@ -192,7 +194,7 @@ def test_boxes_lie_inside_the_image(height, width, seed, kind):
 @given(height=st.integers(1, 20), width=st.integers(1, 20), seed=st.integers(0, 99))
 def test_cutmix_shows_the_partner_in_a_box_and_the_share_counts_its_pixels(height, width, seed):
     batch = random_batch(range(7), seed=seed, size=(height, width))
-    mixed = Mixer(seed, Mixing("cutmix", 1.0), NO_ERASING)(batch, 2)
+    mixed = Mixer(seed, MixingSection("cutmix", 1.0), NO_ERASING)(batch, 2)
     partner = batch.images_BCHW[mixed.mix.partner_B]
     for place in range(7):
         image, own = mixed.images_BCHW[place], batch.images_BCHW[place]
@@ -209,7 +211,7 @@ def test_cutmix_shows_the_partner_in_a_box_and_the_share_counts_its_pixels(heigh
 
 def test_the_box_of_cutmix_has_the_others_share_before_it_is_cut_off():
     """Sides of sqrt(1 - share) of the image's, around a uniform centre (equation 2)."""
-    share = shares(SEED, 0, IDS, Mixing("cutmix"))
+    share = shares(SEED, 0, IDS, MixingSection("cutmix"))
     height, width = 60, 100
     top, left, bottom, right = cut_boxes(SEED, 0, IDS, share, height, width).T
     h, w = np.floor(np.sqrt(1 - share) * height), np.floor(np.sqrt(1 - share) * width)
@@ -253,7 +255,7 @@ def test_peers_are_cut_by_the_box_of_their_sample():
 def test_an_image_that_is_not_mixed_keeps_its_bits():
     for name in ("mixup", "cutmix"):
         batch = random_batch(range(200))
-        mixed = Mixer(SEED, Mixing(name, 1.0, 0.5), NO_ERASING)(batch, 0)
+        mixed = Mixer(SEED, MixingSection(name, 1.0, 0.5), NO_ERASING)(batch, 0)
         untouched = mixed.mix.share_B == 1
         assert 60 < untouched.sum() < 140
         assert torch.equal(mixed.images_BCHW[untouched], batch.images_BCHW[untouched])
@@ -265,7 +267,9 @@ def test_an_image_that_is_not_mixed_keeps_its_bits():
 @untimed
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 24), erasing=st.sampled_from("cr"))
 def test_erased_pixels_are_0_in_one_box_and_the_others_untouched(seed, size, erasing):
-    chosen = Erasing("cutout", size=size) if erasing == "c" else Erasing("random-erasing")
+    chosen = (
+        ErasingSection("cutout", size=size) if erasing == "c" else ErasingSection("random-erasing")
+    )
     batch = random_batch(range(6), seed=seed, size=(16, 12))
     erased = Mixer(seed, NO_MIXING, chosen)(batch, 1)
     assert erased.mix is None and erased.strangers() == set()
@@ -278,7 +282,9 @@ def test_erased_pixels_are_0_in_one_box_and_the_others_untouched(seed, size, era
 
 
 def test_cutout_is_a_square_around_a_uniform_centre_cut_off_at_the_border():
-    top, left, bottom, right = cutout_boxes(SEED, 0, IDS, Erasing("cutout", size=8), 32, 40, "").T
+    top, left, bottom, right = cutout_boxes(
+        SEED, 0, IDS, ErasingSection("cutout", size=8), 32, 40, ""
+    ).T
     # With an even size every centre gives a different box: [c - 4, c + 4) within the image.
     centre_y = np.where(top > 0, top + 4, bottom - 4)
     centre_x = np.where(left > 0, left + 4, right - 4)
@@ -292,7 +298,7 @@ def test_cutout_is_a_square_around_a_uniform_centre_cut_off_at_the_border():
 
 @pytest.mark.parametrize("name", ["cutout", "random-erasing"])
 def test_so_many_images_lose_something(name):
-    erasing = Erasing(name, size=4, probability=0.3)
+    erasing = ErasingSection(name, size=4, probability=0.3)
     find = cutout_boxes if name == "cutout" else erased_boxes
     found = find(SEED, 0, IDS, erasing, 32, 32, "")
     areas = (found[:, 2] - found[:, 0]) * (found[:, 3] - found[:, 1])
@@ -311,7 +317,7 @@ def test_so_many_images_lose_something(name):
     ],
 )
 def test_random_erasing_is_distributed_as_torchvisions(height, width, scale, ratio):
-    erasing = Erasing("random-erasing", scale=scale, ratio=ratio)
+    erasing = ErasingSection("random-erasing", scale=scale, ratio=ratio)
     count = 6000
     ours = erased_boxes(SEED, 0, IDS[:count], erasing, height, width, "")
     torch.manual_seed(0)
@@ -406,21 +412,9 @@ def array_data(n, peers=True):
     return ArrayData(catalog, CPU, SEED, 1, True, peer)
 
 
-IMAGES = ImageOptions(
-    augment="standard",
-    flip=True,
-    image_size=24,
-    resize_schedule=(),
-    crop_scale=(0.3, 1.0),
-    crop_ratio=(3 / 4, 4 / 3),
-    validation_resize=28,
-    interpolation="linear",
-    on_bad_image="stop",
-    mixed=False,
-    hw_decoder_load=0.0,
+IMAGES = changed(
+    plain_options(image_size=24, validation_resize=28, crop_scale=[0.3, 1.0], hw_decoder_load=0.0),
     threads=1,
-    prefetch=2,
-    channels_last=False,
 )
 
 
@@ -525,7 +519,7 @@ def test_the_threads_of_a_rank_do_not_change_a_bit():
 def test_decoded_images_in_channels_last_are_mixed_the_same(folder):
     plan, mixer = Plan(35, 12), Mixer(SEED, CUTMIX, RANDOM_ERASING)
     plain = seen(lambda: dali_data(folder), plan, mixer, epochs=1)
-    options = replace(IMAGES, channels_last=True)
+    options = changed(IMAGES, channels_last=True)
     assert seen(lambda: dali_data(folder, options), plan, mixer, epochs=1) == plain
 
 
@@ -617,7 +611,7 @@ def test_the_image_beside_each_is_its_peers(folder, path):
 
 
 N = 100
-OFTEN_MOSTLY_OTHER = Mixing("cutmix", 0.1)  # shares near 0 or 1
+OFTEN_MOSTLY_OTHER = MixingSection("cutmix", 0.1)  # shares near 0 or 1
 
 
 class Flawed(ArrayData):

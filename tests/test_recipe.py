@@ -10,7 +10,7 @@ from pskd.cli import main
 from pskd.command_line import load, resolve
 from pskd.config import ScheduleSection
 from pskd.errors import PskdError
-from pskd.methods.sections import SECTIONS, BaselineSection, PSKDSection
+from pskd.methods.sections import METHODS, BaselineSection, PSKDSection
 
 MODELS_32 = (
     "preact_resnet18",
@@ -158,7 +158,7 @@ def test_every_recipe_loads_passes_its_checks_and_states_its_source(name):
         assert {**saved[section], **values} == saved[section]  # nothing is lost or overruled
 
 
-@pytest.mark.parametrize("method", SECTIONS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS_32)
 def test_each_row_of_the_first_table_is_a_recipe(model, method):
     config = resolve(["--recipe", f"cifar100-{model}-{method}", "--data.name", "cifar10"])
@@ -168,7 +168,7 @@ def test_each_row_of_the_first_table_is_a_recipe(model, method):
     assert config.schedule.milestones == [150, 225]
 
 
-@pytest.mark.parametrize("method", SECTIONS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", ["resnet152", "densenet264"])
 def test_each_row_of_the_second_table_is_a_recipe(model, method):
     config = resolve(["--recipe", f"imagenet-{model}-{method}"])
@@ -199,8 +199,8 @@ def test_published_figures(name, figures):
 
 def test_each_published_row_has_figures_and_no_other_recipe_has_some():
     with_figures = {name for name in recipe.names() if recipe.read(name).published}
-    rows = {f"cifar100-{model}-{method}" for model in MODELS_32[:5] for method in SECTIONS}
-    rows |= {f"imagenet-resnet152-{method}" for method in SECTIONS}
+    rows = {f"cifar100-{model}-{method}" for model in MODELS_32[:5] for method in METHODS}
+    rows |= {f"imagenet-resnet152-{method}" for method in METHODS}
     assert with_figures == {*rows, "imagenet-densenet264-baseline"}
 
 
@@ -214,8 +214,8 @@ def said(capsys, *arguments):
 
 def test_recipes_lists_a_table_by_method_with_the_published_figures(capsys):
     lines = said(capsys, "cifar100-preact").splitlines()
-    assert len(lines) == 2 + len(SECTIONS)
-    assert [line.split("|")[1].strip().rpartition("-")[2] for line in lines[2:]] == list(SECTIONS)
+    assert len(lines) == 2 + len(METHODS)
+    assert [line.split("|")[1].strip().rpartition("-")[2] for line in lines[2:]] == list(METHODS)
     assert re.search(r"cifar100-preact_resnet18-pskd +\| 20.82 +\| 5.10 +\| 0.76 ", lines[-1])
     assert len(said(capsys).splitlines()) == 2 + len(recipe.names())
     assert said(capsys, "digits", "--names") == "digits-baseline\ndigits-pskd\n"

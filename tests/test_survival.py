@@ -18,10 +18,9 @@ from tests.forked import ForkedJob
 from tests.launches import (
     DEADLINE_S,
     Job,
+    assert_same_result,
     cut_back,
     kill,
-    metrics,
-    result,
     status,
     train,
     wait_for_no_lock,
@@ -29,8 +28,8 @@ from tests.launches import (
     wait_for_no_trace,
 )
 from tests.photos import make_folder
+from tests.refusals import assert_refused
 from tests.system import mounted, needs_root
-from tests.test_failures import assert_refused
 
 EPOCHS = 5
 COMMON = (
@@ -47,7 +46,6 @@ COMMON = (
 ARRAYS = ("--data.name=digits", "--data.crop_padding=1", "--data.limit=256")
 FOLDER = ("--data.name=imagefolder", "--data.image_size=32", "--data.validation_resize=36")
 NEWEST, BEFORE = "000002-00000006", "000002-00000003"
-MEASURES = ("train_loss", "lr", "alpha", "top1_error", "nll", "ece", "aurc")
 
 
 def cells(*often):
@@ -101,12 +99,7 @@ def undisturbed(tmp_path_factory, flags_of):
 
 
 def assert_same_run(run_dir, reference):
-    assert result(run_dir)["weights_sha256"] == result(reference)["weights_sha256"]
-    lines, expected = metrics(run_dir), metrics(reference)
-    assert [{k: line[k] for k in MEASURES} for line in lines] == [
-        {k: line[k] for k in MEASURES} for line in expected
-    ]
-    assert len(lines) == EPOCHS
+    assert_same_result(run_dir, reference, EPOCHS)
     assert status(run_dir)["state"] == "complete"
     wait_for_no_trace(run_dir)
 

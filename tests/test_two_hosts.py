@@ -27,12 +27,12 @@ from tests.launches import (
     wait_for_no_process,
 )
 from tests.photos import make_folder
-from tests.system import needs_root
+from tests.system import needs_ip, needs_root
 
 pytestmark = [
     pytest.mark.slow,
     needs_root,
-    pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2"),
+    needs_ip,
 ]
 LOOP = [str(ROOT / "scripts/run_until_done.sh")]
 COMMON = (

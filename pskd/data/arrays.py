@@ -13,7 +13,7 @@ from pskd.data.batch import Batch
 from pskd.data.catalog import Catalog, Split
 from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
-from pskd.order import Ids, MicroBatch, Walk, validation_ranges
+from pskd.order import Ids, MicroBatch, Walk
 
 
 class ArrayData:
@@ -89,12 +89,10 @@ class ArrayData:
         images_BCHW = self._images_NCHW.index_select(0, index_B)
         return self._normalise(_gather(images_BCHW, y_BH, x_BW))
 
-    def validation_batches(
-        self, rank: int, world: int, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of the rank's contiguous share; every sample is in one share."""
-        n = len(self._validation_labels_N)
-        return self.validation_of(validation_ranges(n, rank, world, batch_size))
+    @property
+    def validation_size(self) -> int:
+        """Number of validation samples."""
+        return len(self._validation_labels_N)
 
     def validation_of(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of some batches of validation samples, named by their numbers."""

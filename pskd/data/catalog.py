@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from pskd.errors import PskdError
 from pskd.hashing import hash64
 
-# name -> module with `load(root, download) -> Catalog`
+# name -> module with `load(root, download) -> Catalog`; one's own can be added from outside.
 DATASETS = {
     "digits": "pskd.data.digits",
     "fashion-mnist": "pskd.data.fashion_mnist",
@@ -27,6 +28,21 @@ DATASETS = {
 FOLDER = "imagefolder"  # encoded images, see `imagefolder.py`; the others are held in memory
 
 DEFAULT_ROOT = Path("data")  # where data sets are looked for, and fetched to
+
+
+class Takes(Protocol):
+    """Samples, of which some can be taken."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+        """Some samples, in the order given; their ids are new."""
+        ...
+
+
+AnySplit = TypeVar("AnySplit", bound=Takes)
 
 
 @dataclass(frozen=True)
@@ -100,10 +116,10 @@ def load(
     read: Callable[[Path | None, bool], Catalog] = import_module(DATASETS[name]).load
     catalog = read(None if root is None else Path(root), download)
     if held_out:
-        catalog = _hold_out(catalog, held_out)
+        train, validation = hold_out(catalog.train, held_out)
+        catalog = replace(catalog, train=train, validation=validation)
+    check_limit(catalog.train, limit)
     if limit:
-        if limit > len(catalog.train):
-            raise PskdError(f"data.limit {limit} exceeds the {len(catalog.train)} samples.")
         catalog = replace(catalog, train=catalog.train.take(np.arange(limit)))
     if pad_to:
         catalog = replace(
@@ -112,17 +128,27 @@ def load(
     return catalog
 
 
-def _hold_out(catalog: Catalog, count: int) -> Catalog:
-    """The training samples of smallest hash become the validation split, for every seed alike."""
-    n = len(catalog.train)
+def hold_out(train: AnySplit, count: int) -> tuple[AnySplit, AnySplit]:
+    """(train, validation): the samples of smallest hash are held out, for every seed alike.
+
+    Raises:
+        PskdError: too few are left.
+    """
+    n = len(train)
     if count > n - 2:
         raise PskdError(f"data.held_out {count} leaves fewer than 2 of {n} samples to train.")
     chosen = smallest_hashes("held-out", n, count)
-    return replace(
-        catalog,
-        train=catalog.train.take(np.setdiff1d(np.arange(n), chosen)),
-        validation=catalog.train.take(chosen),
-    )
+    return train.take(np.setdiff1d(np.arange(n), chosen)), train.take(chosen)
+
+
+def check_limit(train: AnySplit, limit: int) -> None:
+    """Refuse to train more samples than there are.
+
+    Raises:
+        PskdError: as it says.
+    """
+    if limit > len(train):
+        raise PskdError(f"data.limit {limit} exceeds the {len(train)} samples.")
 
 
 def smallest_hashes(stream: str, n: int, count: int) -> npt.NDArray[np.int64]:

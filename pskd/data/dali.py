@@ -28,7 +28,7 @@ from pskd.data.imagefolder import EncodedSplit, FolderCatalog
 from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
 from pskd.errors import CommonError, PskdError
-from pskd.order import Ids, MicroBatch, Walk, validation_ranges
+from pskd.order import Ids, MicroBatch, Walk
 
 log = logging.getLogger("pskd")
 
@@ -107,7 +107,7 @@ class DaliData:
             bad = self._grey.pop(key, ())
             self._refuse_or_say(micro, bad, None)
         absent = tuple(sorted({row % len(micro.ids_B) for row in bad}))
-        if self._options.augment == "pskd-imagenet":
+        if self._options.section.augment == "pskd-imagenet":
             images = colour.apply(maps, images)
         size = len(micro.ids_B)
         weight_B = np.ones(size, np.float32)
@@ -121,16 +121,10 @@ class DaliData:
             absent=absent,
         )
 
-    def validation_batches(
-        self, rank: int, world: int, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of the rank's contiguous share; every sample is in one share.
-
-        Raises:
-            PskdError: an image cannot be decoded; names its path and id.
-        """
-        n = len(self._validation)
-        return self.validation_of(validation_ranges(n, rank, world, batch_size))
+    @property
+    def validation_size(self) -> int:
+        """Number of validation samples."""
+        return len(self._validation)
 
     def validation_of(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of some batches of validation samples, named by their numbers.
@@ -232,15 +226,15 @@ class DaliData:
             ids_B,
             widths_B,
             heights_B,
-            scale=options.crop_scale,
-            ratio=options.crop_ratio,
+            scale=options.section.crop_scale,
+            ratio=options.section.crop_ratio,
             view=view,
         )
         mirror_B = np.zeros(count, np.int32)
-        if options.flip:
+        if options.section.flip:
             mirror_B = draws.flips(self._seed, epoch, ids_B, view).astype(np.int32)
         maps_B37 = np.zeros((count, 3, 7), np.float32)
-        if options.augment == "pskd-imagenet":
+        if options.section.augment == "pskd-imagenet":
             maps_B37 = colour.maps(self._seed, epoch, ids_B, view)
         size_B2 = np.full((count, 2), options.size_at(epoch), np.float32)
         return Rows(
@@ -259,9 +253,9 @@ class DaliData:
         # As torchvision's Resize: the longer side is rounded down.
         shorter_B = np.minimum(widths_B, heights_B)
         sides_B2 = np.stack([heights_B, widths_B], axis=1).astype(np.int64)
-        size_B2 = sides_B2 * self._options.validation_resize // shorter_B[:, None]
+        size_B2 = sides_B2 * self._options.section.validation_resize // shorter_B[:, None]
         # As torchvision's CenterCrop: half a pixel goes to the even side.
-        room_B2 = size_B2 - self._options.image_size
+        room_B2 = size_B2 - self._options.section.image_size
         centre_B2 = np.rint(room_B2 / 2) / np.maximum(room_B2, 1)
         count = len(ids_B)
         return Rows(
@@ -316,7 +310,7 @@ class DaliData:
             sample = ids[row]
             what = f"image {self._train.path(sample)} (sample {sample})"
             self._refuse_if_gone(self._train, sample, f"{what}, {where},", error)
-            if self._options.on_bad_image == "stop":
+            if self._options.section.on_bad_image == "stop":
                 raise PskdError(
                     f"{what} cannot be decoded, {where}. {remedies(self._train, sample)} Or set "
                     "data.on_bad_image substitute: the run goes on with a grey image of weight 0 "

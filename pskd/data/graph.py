@@ -5,13 +5,14 @@ Letters: R rows of a batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from nvidia.dali import Pipeline, fn, types
 
 from pskd.data import colour
+from pskd.data.sections import DataSection
 
 _INTERPOLATIONS = {
     "linear": types.INTERP_LINEAR,
@@ -22,27 +23,20 @@ _INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How images are read and augmented; see the fields of the same names in `config.py`."""
+    """How images are read and augmented, as `section` says.
 
-    augment: Literal["standard", "pskd-imagenet"]
-    flip: bool
-    image_size: int
-    resize_schedule: tuple[tuple[int, int], ...]
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    validation_resize: int
-    interpolation: str
-    on_bad_image: Literal["stop", "substitute"]
+    mixed, threads: what its decoder and threads come to on this machine. channels_last: layout.
+    """
+
+    section: DataSection
     mixed: bool
-    hw_decoder_load: float
     threads: int
-    prefetch: int
     channels_last: bool
 
     def size_at(self, epoch: int) -> int:
         """Pixels of a side in an epoch: of the last entry of the schedule that has begun."""
-        begun = [size for first, size in self.resize_schedule if first <= epoch]
-        return begun[-1] if begun else self.image_size
+        begun = [size for first, size in self.section.resize_schedule if first <= epoch]
+        return begun[-1] if begun else self.section.image_size
 
 
 class Rows(NamedTuple):
@@ -101,16 +95,17 @@ def make_pipeline(
     ahead: batches decoded ahead, else as the options say.
     Outputs: images float32 in the layout asked for, labels int64, colour maps float32.
     """
+    section = options.section
     decoder: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
     if options.mixed:
         decoder |= {
             "device": "mixed",
-            "hw_decoder_load": options.hw_decoder_load,
+            "hw_decoder_load": section.hw_decoder_load,
             "jpeg_fancy_upsampling": True,  # as the CPU's decoder does
             "preallocate_width_hint": largest[0],
             "preallocate_height_hint": largest[1],
         }
-    plain = options.augment == "standard" or whole
+    plain = section.augment == "standard" or whole
     mean = [255 * m for m in colour.MEAN] if plain else [0.0]
     std = [255 * s for s in colour.STD] if plain else [255.0]
 
@@ -118,7 +113,7 @@ def make_pipeline(
         batch_size=batch_size,
         num_threads=options.threads,
         device_id=device_id,
-        prefetch_queue_depth=ahead or options.prefetch,
+        prefetch_queue_depth=ahead or section.prefetch,
     )
     with pipeline:
         path, label, maps, size, mirror, first, second = fn.external_source(
@@ -135,11 +130,14 @@ def make_pipeline(
         if device_id is not None:
             image, label, maps = image.gpu(), label.gpu(), maps.gpu()
         image = fn.resize(
-            image, size=size, interp_type=_INTERPOLATIONS[options.interpolation], antialias=True
+            image,
+            size=size,
+            interp_type=_INTERPOLATIONS[section.interpolation],
+            antialias=True,
         )
         image = fn.crop_mirror_normalize(
             image,
-            crop=(options.image_size, options.image_size) if whole else None,
+            crop=(section.image_size, section.image_size) if whole else None,
             crop_pos_y=first if whole else None,
             crop_pos_x=second if whole else None,
             mirror=mirror,

@@ -9,15 +9,16 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from pskd.errors import PskdError
 
@@ -81,6 +82,18 @@ def read_headers(
             if progress is not None:
                 progress(rows.stop, n)
     return headers
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Progress]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    with tqdm(desc=label, unit=" files", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
 
 
 def _start() -> subprocess.Popen[bytes]:

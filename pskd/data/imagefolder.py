@@ -16,10 +16,10 @@ from tempfile import gettempdir
 import numpy as np
 import numpy.typing as npt
 
-from pskd.data.catalog import smallest_hashes
+from pskd.data.catalog import check_limit, hold_out, smallest_hashes
+from pskd.data.headers import bar
 from pskd.data.index import Index, load_or_build
 from pskd.data.index_check import check_same_classes
-from pskd.data.index_command import bar
 from pskd.errors import PskdError
 from pskd.order import Ids
 
@@ -53,9 +53,9 @@ class EncodedSplit:
         rows_B = self.rows_N[ids_B]
         return self.index.widths_N[rows_B], self.index.heights_N[rows_B]
 
-    def take(self, places: Ids) -> "EncodedSplit":
+    def take(self, rows: Ids) -> "EncodedSplit":
         """Some of these samples, in the order given; their ids are new."""
-        return EncodedSplit(self.index, self.rows_N[places])
+        return EncodedSplit(self.index, self.rows_N[rows])
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,7 @@ def load(
         )
     train = _split(train_root, index_path)
     if held_out:
-        if held_out > len(train) - 2:
-            raise PskdError(
-                f"data.held_out {held_out} leaves fewer than 2 of {len(train)} samples to train."
-            )
-        chosen = smallest_hashes("held-out", len(train), held_out)
-        validation = train.take(chosen)
-        train = train.take(np.setdiff1d(np.arange(len(train)), chosen))
+        train, validation = hold_out(train, held_out)
     elif (root / "val").is_dir():
         validation = _split(root / "val", val_index_path)
         check_same_classes(train.index, validation.index)
@@ -117,9 +111,8 @@ def load(
             f"data.root {root} has no val/ beside train/: add it, or hold out training samples "
             "with data.held_out."
         )
+    check_limit(train, limit)
     if limit:
-        if limit > len(train):
-            raise PskdError(f"data.limit {limit} exceeds the {len(train)} samples.")
         train = train.take(smallest_hashes("limit", len(train), limit))
     return FolderCatalog(train.index.class_names, train, validation)
 

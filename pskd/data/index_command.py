@@ -4,15 +4,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pskd.data import index as indexes
 from pskd.data.folder import as_text, enumerated, shown
-from pskd.data.headers import Progress
+from pskd.data.headers import bar
 from pskd.data.index import Index, Labels
 from pskd.data.index_check import check_same_classes, verify
 from pskd.data.labels import GroundTruth, PathList
@@ -28,8 +26,6 @@ def reports(arguments: argparse.Namespace) -> Iterator[str]:
             is not what the index says.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    if arguments.workers is not None and arguments.workers < 1:
-        raise PskdError(f"--workers {arguments.workers}: at least 1 process must read.")
     directory: Path = arguments.directory.absolute()
     labels = _labels(arguments)
     splits, others = splits_in(directory)
@@ -120,15 +116,3 @@ def _report(index: Index, verified: bool) -> str:
     if verified:
         lines.append("  verified     every file decodes and is as the index says")
     return "\n".join(lines)
-
-
-@contextmanager
-def bar(label: str) -> Iterator[Progress]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    with tqdm(desc=label, unit=" files", leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pskd.data.batch import Batch
-from pskd.order import MicroBatch, Walk
+from pskd.order import MicroBatch, Walk, validation_ranges
 
 
 class Data(Protocol):
@@ -35,10 +35,9 @@ class Data(Protocol):
         """What a message calls a training sample."""
         ...
 
-    def validation_batches(
-        self, rank: int, world: int, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of the rank's contiguous share; every sample is in one share."""
+    @property
+    def validation_size(self) -> int:
+        """Number of validation samples."""
         ...
 
     def validation_of(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -48,3 +47,10 @@ class Data(Protocol):
     def close(self) -> None:
         """Stop reading ahead."""
         ...
+
+
+def validation_batches(
+    data: Data, rank: int, world: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) of the rank's contiguous share; every sample is in one share."""
+    return data.validation_of(validation_ranges(data.validation_size, rank, world, batch_size))

@@ -9,8 +9,7 @@ the mean colour.
 Letters: B samples, H, W pixels.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pskd import draws
 from pskd.data.batch import Batch, Mix
+from pskd.data.sections import ErasingSection, MixingSection
 from pskd.data.transfer import to_device
 from pskd.data.views import PEER
 from pskd.order import Ids
@@ -29,30 +29,10 @@ Boxes = npt.NDArray[np.int64]  # (B, 4): top, left, bottom, right; empty where n
 _TRIES = 10
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """How images are mixed; see the fields of the same names in `config.py`."""
-
-    name: Literal["none", "mixup", "cutmix"] = "none"
-    alpha: float = 1.0
-    probability: float = 1.0
-
-
-@dataclass(frozen=True)
-class Erasing:
-    """What is erased; see the fields of the same names in `config.py`."""
-
-    name: Literal["none", "cutout", "random-erasing"] = "none"
-    size: int = 16
-    probability: float = 1.0
-    scale: tuple[float, float] = (0.02, 1 / 3)
-    ratio: tuple[float, float] = (0.3, 3.3)
-
-
 class Mixer:
     """Erases and mixes the batches of one run."""
 
-    def __init__(self, seed: int, mixing: Mixing, erasing: Erasing) -> None:
+    def __init__(self, seed: int, mixing: MixingSection, erasing: ErasingSection) -> None:
         self._seed, self._mixing, self._erasing = seed, mixing, erasing
 
     def __call__(self, batch: Batch, epoch: int) -> Batch:
@@ -108,7 +88,7 @@ def partners(count: int, absent: tuple[int, ...]) -> npt.NDArray[np.int64]:
     return partner_B
 
 
-def shares(seed: int, epoch: int, ids_B: Ids, mixing: Mixing) -> npt.NDArray[np.float64]:
+def shares(seed: int, epoch: int, ids_B: Ids, mixing: MixingSection) -> npt.NDArray[np.float64]:
     """Each image's own share, from Beta(alpha, alpha); 1 if it is not mixed. Stream "mix".
 
     Mixup's is folded to at least one half (ours): an image is mostly its own sample, which a
@@ -137,7 +117,7 @@ def cut_boxes(
 
 
 def cutout_boxes(
-    seed: int, epoch: int, ids_B: Ids, erasing: Erasing, height: int, width: int, view: str
+    seed: int, epoch: int, ids_B: Ids, erasing: ErasingSection, height: int, width: int, view: str
 ) -> Boxes:
     """Squares around a uniform centre, cut off at the border (DeVries and Taylor, 2017).
 
@@ -150,7 +130,7 @@ def cutout_boxes(
 
 
 def erased_boxes(
-    seed: int, epoch: int, ids_B: Ids, erasing: Erasing, height: int, width: int, view: str
+    seed: int, epoch: int, ids_B: Ids, erasing: ErasingSection, height: int, width: int, view: str
 ) -> Boxes:
     """Boxes inside the image, as torchvision's RandomErasing distributes them. Stream "erase"."""
     u_BX = draws.uniforms(seed, epoch, ids_B, f"{view}erase", 1 + 4 * _TRIES)

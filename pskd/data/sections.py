@@ -1,12 +1,11 @@
 """What a configuration says of the data and their augmentation. Imports no torch."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from pskd.data.catalog import DATASETS, FOLDER
-from pskd.fields import default_of, known, numerics, output, require, speed
+from pskd.fields import known, numerics, output, require, speed
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,12 @@ class DataSection:
     prefetch: int = speed(2, "folder: batches decoded ahead")
 
     def check(self) -> None:
-        """The data set exists, and no key is set that it does not read."""
+        """The data set exists; ranges."""
         known(self.name, [*DATASETS, FOLDER], "data.name")
         for name in ("limit", "held_out", "pad_to", "crop_padding", "threads"):
             value = getattr(self, name)
             require(value >= 0, f"data.{name}", value, "use 0 or more.")
         require(self.root != "", "data.root", "''", "name a folder, or leave the flag out.")
-        self._refuse_unread()
         for name in ("image_size", "validation_resize", "prefetch"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name}", value, "use 1 or more.")
@@ -89,23 +87,6 @@ class DataSection:
             self.hw_decoder_load,
             "use a share from 0 to 1.",
         )
-
-    def _refuse_unread(self) -> None:
-        """A key that this data set does not read would promise what is not done."""
-        of_arrays = {"download", "pad_to", "crop_padding"}
-        everywhere = {"name", "root", "limit", "held_out", "flip", "last_batch"}
-        for field in dataclasses.fields(self):
-            of_folder = field.name not in of_arrays
-            if field.name in everywhere or of_folder == (self.name == FOLDER):
-                continue
-            default = default_of(field)
-            whose = f"data.name {FOLDER}" if of_folder else "data sets held in memory"
-            require(
-                getattr(self, field.name) == default,
-                f"data.{field.name}",
-                getattr(self, field.name),
-                f"only {whose} read it. Leave it out, or choose another data.name.",
-            )
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,9 @@ def look(
     lines += _meeting(master, timeout_s, launched, here)
     lines += network.clocks(here, nodes)
     if len({kind for _, kind in kinds}) == 1 and kinds[0][1] and here.size > 1:
-        lines += [device.sum_over_ranks(here, on)][: here.rank == 0]
+        line = device.sum_over_ranks(here, on)  # all take part, one reports
+        if here.rank == 0:
+            lines.append(line)
     found, path, sites = _run_directory(config, replace(here, device=on))
     lines += found
     if training.is_configured(config):

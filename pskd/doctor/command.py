@@ -4,6 +4,7 @@ import argparse
 
 from pskd import launch
 from pskd.errors import EXIT_COMPLETE, EXIT_FAILED, PskdError
+from pskd.fields import at_least
 
 _TORCHRUN_PORT = 29500
 
@@ -26,7 +27,7 @@ def add_arguments(doctor: argparse.ArgumentParser) -> None:
     )
     doctor.add_argument(
         "--timeout",
-        type=int,
+        type=at_least(1, "--timeout"),
         default=60,
         metavar="S",
         help="seconds after which other ranks count as out of reach (default: 60)",
@@ -40,8 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
         PskdError: a flag that cannot be, or ranks that do not come together.
     """
     master, timeout_s = arguments.master, arguments.timeout
-    if timeout_s < 1:
-        raise PskdError(f"--timeout {timeout_s}: use 1 second or more.")
     if master is not None and launch.is_launched():
         raise PskdError(f"--master {master} is for a start without a launcher: leave it out.")
     where = None if master is None else _split(master)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -105,19 +106,9 @@ def _decode_one(config: Config, on: torch.device) -> None:
     from pskd.data.graph import ImageOptions, Rows, make_pipeline  # noqa: PLC0415
 
     options = ImageOptions(
-        augment="standard",
-        flip=False,
-        image_size=8,
-        resize_schedule=(),
-        crop_scale=(1.0, 1.0),
-        crop_ratio=(1.0, 1.0),
-        validation_resize=8,
-        interpolation=config.data.interpolation,
-        on_bad_image="stop",
+        replace(config.data, augment="standard", prefetch=1),
         mixed=on.type == "cuda" and config.data.decoder != "cpu",
-        hw_decoder_load=config.data.hw_decoder_load,
         threads=1,
-        prefetch=1,
         channels_last=False,
     )
     rows = Rows(

@@ -19,6 +19,7 @@ _PASSING = {
     "tmpfs": "It lies in memory and is lost at a reboot: use a disk for a run of worth.",
     "ramfs": "It lies in memory and is lost at a reboot: use a disk for a run of worth.",
 }
+_ELSEWHERE = "Choose another with --run.dir, or change its permissions."
 
 
 class Mount(NamedTuple):
@@ -107,9 +108,6 @@ def room(path: Path) -> Line:
     except OSError as error:
         return Line("disk", WARNING, f"{path}: {error.strerror}")
     return Line("disk", OK, f"{free} are free; with a recipe, what its run needs is said as well")
-
-
-_ELSEWHERE = "Choose another with --run.dir, or change its permissions."
 
 
 def _mark(token: str) -> str:

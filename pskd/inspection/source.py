@@ -64,15 +64,12 @@ def open_run(run: Path, flags: list[str]) -> Source:
 
 def _no_predictions(run: Path, config: Config) -> PskdError:
     method = config.method
-    if method.name != "pskd":
+    if not method.keeps_predictions:
+        teacher = getattr(method, "teacher", None)
+        chosen = "" if teacher is None else f" with method.teacher {teacher}"
         return PskdError(
-            f"{run}: method {method.name} keeps no past predictions. `pskd inspect` reads those of "
-            "method pskd."
-        )
-    if getattr(method, "teacher", "table") != "table":
-        return PskdError(
-            f"{run}: method pskd with method.teacher model keeps no past predictions. Train with "
-            "method.teacher table."
+            f"{run}: method {method.name}{chosen} keeps no past predictions. `pskd inspect` reads "
+            "those of method pskd with method.teacher table."
         )
     return PskdError(
         f"{run} holds no past predictions of a finished epoch: go on with "

@@ -1,16 +1,12 @@
 """Baseline: cross-entropy with the one-hot label (of a mixed image, with both in their shares)."""
 
 from pskd.data.batch import Batch
-from pskd.methods.interface import Forward, Output, Past, Stateless
+from pskd.methods.interface import Forward, MethodBase, Output, Past
 from pskd.methods.labels import cross_entropy, labels_and_shares
-from pskd.methods.sections import BaselineSection
 
 
-class Baseline(Stateless):
+class Baseline(MethodBase):
     """-log softmax(z)_y."""
-
-    def __init__(self, section: BaselineSection) -> None:
-        del section  # it has no parameter
 
     def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:
         """Cross-entropy of each sample."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pskd.data.batch import Batch
-from pskd.methods.interface import Forward, Output, Past, Stateless
+from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
 from pskd.methods.labels import cross_entropy, labels_and_shares
 from pskd.methods.sections import CSKDSection
 
@@ -32,12 +32,12 @@ def _kd_per_sample(logits_BC: Tensor, peer_logits_BC: Tensor, temperature: float
     return temperature**2 * kl_B
 
 
-class CSKD(Stateless):
+class CSKD(MethodBase):
     """The loss above."""
 
     needs_peers = True
 
-    def __init__(self, section: CSKDSection) -> None:
+    def __init__(self, section: CSKDSection, network: Network | None = None) -> None:
         self._temperature, self._weight = section.temperature, section.weight
 
     def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:

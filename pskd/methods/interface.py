@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from pskd.data.batch import Batch
+from pskd.methods.sections import MethodSection
 
 Forward = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, C), through the engine
 
@@ -94,12 +95,19 @@ class Method(Protocol):
         ...
 
 
-class Stateless:
-    """What methods share that need neither store nor peers and have no state."""
+class MethodBase:
+    """Defaults: no store, no peers, nothing to save."""
 
     needs_store = False
     needs_peers = False
     keeps_network = False
+
+    def __init__(self, section: MethodSection, network: Network | None = None) -> None:
+        """section: its options. network: for what the forward pass does not give."""
+
+    def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:
+        """Each method has its own."""
+        raise NotImplementedError
 
     def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
         """The loss is the same in every epoch."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pskd.data.batch import Batch
-from pskd.methods.interface import Forward, Output, Past, Stateless
+from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
 from pskd.methods.labels import labels_and_shares
 from pskd.methods.sections import LabelSmoothingSection
 
@@ -39,10 +39,10 @@ def _loss_per_sample(
     return (1 - eps) * hard_B + eps / (classes - 1) * (all_B - hard_B)
 
 
-class LabelSmoothing(Stateless):
+class LabelSmoothing(MethodBase):
     """The loss above."""
 
-    def __init__(self, section: LabelSmoothingSection) -> None:
+    def __init__(self, section: LabelSmoothingSection, network: Network | None = None) -> None:
         self._eps, self._convention = section.eps, section.convention
 
     def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:

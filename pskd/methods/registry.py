@@ -1,36 +1,17 @@
 """The method of a configuration section."""
 
-from pskd.methods.baseline import Baseline
-from pskd.methods.cskd import CSKD
-from pskd.methods.interface import Method, Network, Stateless
-from pskd.methods.label_smoothing import LabelSmoothing
-from pskd.methods.pskd import PSKD, PSKDByModel
-from pskd.methods.sections import (
-    BaselineSection,
-    CSKDSection,
-    LabelSmoothingSection,
-    MethodSection,
-    PSKDSection,
-    TFKDRegSection,
-    TFKDSelfSection,
-)
-from pskd.methods.tfkd import TFKDReg, TFKDSelf
+from importlib import import_module
 
-_KINDS: dict[type[MethodSection], type[Stateless]] = {
-    BaselineSection: Baseline,
-    LabelSmoothingSection: LabelSmoothing,
-    CSKDSection: CSKD,
-    TFKDSelfSection: TFKDSelf,
-    TFKDRegSection: TFKDReg,
-    PSKDSection: PSKD,
-}
+from pskd.methods.interface import Method, MethodBase, Network
+from pskd.methods.sections import MethodSection
 
 
-def kind(section: MethodSection) -> type[Stateless]:
+def kind(section: MethodSection) -> type[MethodBase]:
     """The class of the section's method, which says what it needs."""
-    if isinstance(section, PSKDSection) and section.teacher == "model":
-        return PSKDByModel
-    return _KINDS[type(section)]
+    module, name = section.code
+    method: type[MethodBase] = getattr(import_module(module), name)
+    assert method.needs_store == section.keeps_predictions, f"{name} and its section disagree"
+    return method
 
 
 def create(section: MethodSection, network: Network) -> Method:
@@ -39,18 +20,4 @@ def create(section: MethodSection, network: Network) -> Method:
     Raises:
         PskdError: a teacher cannot be read.
     """
-    match section:
-        case BaselineSection():
-            return Baseline(section)
-        case LabelSmoothingSection():
-            return LabelSmoothing(section)
-        case CSKDSection():
-            return CSKD(section)
-        case TFKDSelfSection():
-            return TFKDSelf(section, network)
-        case TFKDRegSection():
-            return TFKDReg(section)
-        case PSKDSection(teacher="model"):
-            return PSKDByModel(section, network)
-        case PSKDSection():
-            return PSKD(section)
+    return kind(section)(section, network)

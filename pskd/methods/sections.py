@@ -7,17 +7,35 @@ from pskd.fields import numerics, require
 
 
 @dataclass(frozen=True)
-class BaselineSection:
-    """Cross-entropy with the one-hot label."""
+class MethodSection:
+    """What any method's section has beside its options; a method is said here and nowhere else."""
 
-    name: str = numerics("baseline", "the training method")
+    name: str = numerics("", "the training method")
+
+    @property
+    def code(self) -> tuple[str, str]:
+        """Module and class of the method: imported when a run needs it."""
+        raise NotImplementedError
+
+    @property
+    def keeps_predictions(self) -> bool:
+        """Whether the method reads past predictions and returns those to remember."""
+        return False
 
     def check(self) -> None:
-        """Nothing to check."""
+        """Refuse options that make no sense."""
 
 
 @dataclass(frozen=True)
-class LabelSmoothingSection:
+class BaselineSection(MethodSection):
+    """Cross-entropy with the one-hot label."""
+
+    name: str = numerics("baseline", "the training method")
+    code = ("pskd.methods.baseline", "Baseline")
+
+
+@dataclass(frozen=True)
+class LabelSmoothingSection(MethodSection):
     """Cross-entropy with a smoothed label."""
 
     name: str = numerics("label_smoothing", "the training method")
@@ -25,6 +43,7 @@ class LabelSmoothingSection:
     convention: Literal["k", "k-1"] = numerics(
         "k", "spread over all K classes (torch), or over the K-1 others (TF-KD's code)"
     )
+    code = ("pskd.methods.label_smoothing", "LabelSmoothing")
 
     def check(self) -> None:
         """eps is a share."""
@@ -32,12 +51,13 @@ class LabelSmoothingSection:
 
 
 @dataclass(frozen=True)
-class CSKDSection:
+class CSKDSection(MethodSection):
     """CS-KD: predictions of two samples of one class are pulled together."""
 
     name: str = numerics("cskd", "the training method")
     temperature: float = numerics(4.0, "of both softmaxes")
     weight: float = numerics(1.0, "of the distillation term (lambda)")
+    code = ("pskd.methods.cskd", "CSKD")
 
     def check(self) -> None:
         """Ranges."""
@@ -51,7 +71,7 @@ _REDUCTION = "mean: over batch and classes, as published; batchmean: K times as 
 
 
 @dataclass(frozen=True)
-class TFKDSelfSection:
+class TFKDSelfSection(MethodSection):
     """TF-KD self: a teacher of the same architecture, trained before."""
 
     name: str = numerics("tfkd_self", "the training method")
@@ -60,6 +80,7 @@ class TFKDSelfSection:
     temperature: float = numerics(6.0, "of both softmaxes")
     multiplier: float = numerics(50.0, "of the distillation term")
     kl_reduction: Literal["mean", "batchmean"] = numerics("mean", _REDUCTION)
+    code = ("pskd.methods.tfkd", "TFKDSelf")
 
     def check(self) -> None:
         """Ranges, and that there is a teacher."""
@@ -70,7 +91,7 @@ class TFKDSelfSection:
 
 
 @dataclass(frozen=True)
-class TFKDRegSection:
+class TFKDRegSection(MethodSection):
     """TF-KD reg: a teacher made by hand, 0.99 on the label."""
 
     name: str = numerics("tfkd_reg", "the training method")
@@ -78,6 +99,7 @@ class TFKDRegSection:
     temperature: float = numerics(20.0, "of the teacher's softmax")
     multiplier: float = numerics(100.0, "of the distillation term")
     kl_reduction: Literal["mean", "batchmean"] = numerics("mean", _REDUCTION)
+    code = ("pskd.methods.tfkd", "TFKDReg")
 
     def check(self) -> None:
         """Ranges."""
@@ -92,7 +114,7 @@ def _check_tfkd(section: TFKDSelfSection | TFKDRegSection) -> None:
 
 
 @dataclass(frozen=True)
-class PSKDSection:
+class PSKDSection(MethodSection):
     """PS-KD: targets softened with the model's own prediction of the previous epoch."""
 
     name: str = numerics("pskd", "the training method")
@@ -107,30 +129,26 @@ class PSKDSection:
         0.0, "table: share of the older row that a new one keeps (temporal ensembling)"
     )
 
+    @property
+    def code(self) -> tuple[str, str]:
+        """One class for each kind of teacher."""
+        return "pskd.methods.pskd", "PSKD" if self.teacher == "table" else "PSKDByModel"
+
+    @property
+    def keeps_predictions(self) -> bool:
+        """Those are the table."""
+        return self.teacher == "table"
+
     def check(self) -> None:
-        """Convex weights; no averaging without a table."""
+        """Convex weights."""
         require(0 <= self.alpha_T <= 1, "method.alpha_T", self.alpha_T, "use a value in [0, 1].")
         require(
             0 <= self.averaging < 1, "method.averaging", self.averaging, "use a value in [0, 1)."
         )
-        require(
-            self.averaging == 0 or self.teacher == "table",
-            "method.averaging",
-            self.averaging,
-            "only method.teacher table keeps rows that can be averaged.",
-        )
 
 
-MethodSection = (
-    BaselineSection
-    | LabelSmoothingSection
-    | CSKDSection
-    | TFKDSelfSection
-    | TFKDRegSection
-    | PSKDSection
-)
-
-SECTIONS: dict[str, type[MethodSection]] = {
+# name -> section; a method of one's own can be added from outside.
+METHODS: dict[str, type[MethodSection]] = {
     "baseline": BaselineSection,
     "label_smoothing": LabelSmoothingSection,
     "cskd": CSKDSection,

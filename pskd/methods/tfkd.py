@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pskd.data.batch import Batch
 from pskd.errors import PskdError
-from pskd.methods.interface import Forward, Network, Output, Past, Stateless
+from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
 from pskd.methods.labels import add_at_labels, cross_entropy, labels_and_shares
 from pskd.methods.sections import TFKDRegSection, TFKDSelfSection
 
@@ -89,10 +89,10 @@ def _kl(log_BC: Tensor, teacher_log_BC: Tensor, kl_reduction: Reduction) -> Tens
     return kl_B / log_BC.shape[1] if kl_reduction == "mean" else kl_B
 
 
-class TFKDReg(Stateless):
+class TFKDReg(MethodBase):
     """The second loss above."""
 
-    def __init__(self, section: TFKDRegSection) -> None:
+    def __init__(self, section: TFKDRegSection, network: Network | None = None) -> None:
         self._section = section
 
     def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:
@@ -105,7 +105,7 @@ class TFKDReg(Stateless):
         return Output((1 - section.alpha) * hard_B + section.alpha * section.multiplier * kl_B)
 
 
-class TFKDSelf(Stateless):
+class TFKDSelf(MethodBase):
     """The first loss above. The teacher runs in evaluation mode, on the student's image."""
 
     def __init__(self, section: TFKDSelfSection, network: Network) -> None:

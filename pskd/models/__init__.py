@@ -9,7 +9,8 @@ from pskd.models.torchvision_names import NAMES
 if TYPE_CHECKING:
     from torch import nn
 
-# name -> (module of the family, its arguments); every network takes three channels.
+# name -> (module of the family, its arguments); every network takes three channels. One's own can
+# be added from outside.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "preact_resnet18": (
         "pskd.models.preact_resnet",

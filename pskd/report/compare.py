@@ -9,7 +9,7 @@ from pskd import recipe
 from pskd.errors import PskdError
 from pskd.files import read_run_json
 from pskd.report.origin import described, published
-from pskd.report.table import MEASURE_COLUMNS, Table
+from pskd.report.table import PUBLISHED_COLUMNS, Table
 from pskd.run_dir import read_complete, saved_settings
 
 
@@ -21,7 +21,7 @@ def comparison(runs: Sequence[Path]) -> Table:
     Raises:
         PskdError: a directory holds no complete run.
     """
-    titles = [title for title, _, _ in MEASURE_COLUMNS]
+    titles = [title for title, _, _ in PUBLISHED_COLUMNS]
     header = ["run", "epochs", *titles, "best top-1 error % (epoch)"]
     return Table(header, [_row(run, label) for run, label in zip(runs, labels(runs), strict=True)])
 
@@ -38,7 +38,7 @@ def by_recipe(runs: Sequence[Path]) -> Table:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault(_recipe(run), []).append(_result(run)["last"])
-    header = ["recipe", "runs", *(title for title, _, _ in MEASURE_COLUMNS)]
+    header = ["recipe", "runs", *(title for title, _, _ in PUBLISHED_COLUMNS)]
     rows = []
     for name, lasts in groups.items():
         rows.append([name, str(len(lasts)), *_cells(lasts, recipe.read(name).published)])
@@ -91,7 +91,7 @@ def _row(run: Path, label: str) -> list[str]:
 def _cells(lasts: Sequence[dict[str, Any]], known: Mapping[str, float]) -> list[str]:
     return [
         _cell([last[key] for last in lasts], known.get(key), digits)
-        for _, key, digits in MEASURE_COLUMNS
+        for _, key, digits in PUBLISHED_COLUMNS
     ]
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from pskd.errors import PskdError
+from pskd.fields import at_least
 
 _RESAMPLES = 1000
 
@@ -29,10 +30,12 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         metavar="FILE.npz",
         help="no network, but arrays `logits` (N, C) and `labels` (N,)",
     )
-    evaluate.add_argument("--bins", type=int, help="bins of the ECE (default: the run's, or 10)")
+    evaluate.add_argument(
+        "--bins", type=at_least(1, "--bins"), help="bins of the ECE (default: the run's, or 10)"
+    )
     evaluate.add_argument(
         "--bootstrap",
-        type=int,
+        type=at_least(0, "--bootstrap"),
         metavar="B",
         help=f"resamples for 95 %% intervals (default: {_RESAMPLES}; 0 with --json)",
     )

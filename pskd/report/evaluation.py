@@ -9,8 +9,6 @@ from pskd.metrics import MEASURES
 from pskd.predictions import Figures, Part
 from pskd.report.table import MEASURE_COLUMNS, markdown
 
-_COLUMNS = (*MEASURE_COLUMNS, ("E-AURC x1000", "eaurc", 2))
-
 
 def table(figures: Figures) -> str:
     """For people: a table in Markdown, and what it rests on."""
@@ -22,7 +20,7 @@ def table(figures: Figures) -> str:
         header.append("value" + title)
         header += ["95 % interval"] if part.intervals is not None else []
     rows = []
-    for title, name, digits in _COLUMNS:
+    for title, name, digits in MEASURE_COLUMNS:
         row = [title]
         for _, part in parts:
             row += _cells(part, name, digits)

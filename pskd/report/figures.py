@@ -16,12 +16,13 @@ from pskd.metrics import Records
 from pskd.report import points
 from pskd.report.page import INK
 from pskd.report.run_files import Line
+from pskd.report.table import PUBLISHED_COLUMNS
 
 try:
     import matplotlib as mpl
-    from cycler import cycler
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise PskdError(
@@ -30,11 +31,7 @@ except ImportError as error:
 
 CURVES = (  # key in metrics.jsonl, title
     ("train_loss", "training loss"),
-    ("top1_error", "top-1 error %"),
-    ("top5_error", "top-5 error %"),
-    ("nll", "NLL"),
-    ("ece", "ECE %"),
-    ("aurc", "AURC x1000"),
+    *((key, title) for title, key, _ in PUBLISHED_COLUMNS),
 )
 NAMED_CLASSES = 20
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pskd.errors import PskdError
+from pskd.fields import at_least
 
 
 def add_arguments(inspect: argparse.ArgumentParser) -> None:
@@ -17,7 +17,11 @@ def add_arguments(inspect: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="DIR", help="where files go (default: RUN/inspect)"
     )
     inspect.add_argument(
-        "--top", type=int, default=10, metavar="K", help="so many of each are printed (default: 10)"
+        "--top",
+        type=at_least(1, "--top"),
+        default=10,
+        metavar="K",
+        help="so many of each are printed (default: 10)",
     )
 
 
@@ -27,8 +31,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         PskdError: nothing to look at, with the reason; files cannot be written.
     """
-    if arguments.top < 1:
-        raise PskdError(f"--top is {arguments.top}: use 1 or more.")
     from pskd.inspection.findings import find  # noqa: PLC0415
     from pskd.inspection.source import open_run  # noqa: PLC0415
     from pskd.report.inspection import text, write  # noqa: PLC0415

@@ -27,6 +27,10 @@ from pskd.inspection.findings import ClassFigures, Findings, IdList
 from pskd.inspection.thumbnails import name_of
 from pskd.report.table import Table, markdown
 
+SAMPLE_COLUMNS = ("sample", "path", "label", "predicted", "p_label", "p_predicted", "margin")
+CLASS_COLUMNS = ("class", "samples", "p_label", "p_predicted", "error", "label_errors")
+PAIR_COLUMNS = ("label", "other", "mean_p_other", "predicted_other", "share")
+
 _LONGEST = 1000  # lines of files that could name every sample, or every pair of classes
 
 Cells = Sequence[object]
@@ -68,11 +72,6 @@ def write(findings: Findings, output: Path, top: int, page: str) -> None:
         write_atomically(output / "index.html", page.encode())
     except OSError as error:
         raise PskdError(f"--output {output} cannot be written: {error.strerror}.") from error
-
-
-SAMPLE_COLUMNS = ("sample", "path", "label", "predicted", "p_label", "p_predicted", "margin")
-CLASS_COLUMNS = ("class", "samples", "p_label", "p_predicted", "error", "label_errors")
-PAIR_COLUMNS = ("label", "other", "mean_p_other", "predicted_other", "share")
 
 
 def _samples(findings: Findings, ids: IdList) -> list[list[Any]]:

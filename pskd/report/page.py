@@ -7,13 +7,13 @@ script. Texts are escaped. Light or dark as the reader has it; printed in black 
 """
 
 import base64
+import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import jinja2
-from markupsafe import Markup, escape
 
 from pskd.report.table import Table
 
@@ -105,15 +105,17 @@ def _template() -> jinja2.Template:
 
 
 def _inline(drawing: Drawing, prefix: str) -> str:
-    """The `<svg>` element alone. Ids get a prefix, as those of several drawings may be equal."""
+    """The `<svg>` element alone; its texts are escaped.
+
+    Ids get a prefix, as those of several drawings may be equal.
+    """
     svg = drawing.svg[drawing.svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     svg = svg.replace(INK, "currentColor")
-    label = escape(drawing.alt)
-    svg = re.sub(r"^<svg", f'<svg role="img" aria-label="{label}"', svg)
-    return Markup(svg)  # our own drawing, whose texts are escaped
+    label = html.escape(drawing.alt)
+    return re.sub(r"^<svg", f'<svg role="img" aria-label="{label}"', svg)
 
 
 def _column_classes(table: Table) -> list[str]:

@@ -2,7 +2,7 @@
 
 from pskd import recipe
 from pskd.command_line import resolve
-from pskd.report.table import MEASURE_COLUMNS, markdown
+from pskd.report.table import PUBLISHED_COLUMNS, markdown
 
 
 def listing(prefix: str) -> str:
@@ -11,13 +11,13 @@ def listing(prefix: str) -> str:
     Raises:
         PskdError: there is none.
     """
-    header = ["recipe", *(title for title, _, _ in MEASURE_COLUMNS), "source"]
+    header = ["recipe", *(title for title, _, _ in PUBLISHED_COLUMNS), "source"]
     rows = []
     for name in recipe.table(prefix):
         known = recipe.read(name)
         cells = [
             f"{known.published[key]:.2f}" if key in known.published else ""
-            for _, key, _ in MEASURE_COLUMNS
+            for _, key, _ in PUBLISHED_COLUMNS
         ]
         rows.append([name, *cells, known.source])
     return markdown(header, rows)

@@ -18,11 +18,12 @@ from pskd.report.origin import published
 from pskd.report.page import Code, Drawing, Part, Section, Text, page
 from pskd.report.run_files import Line, RunFiles, read
 from pskd.report.table import MEASURE_COLUMNS, Table
+from pskd.run_dir import changes
 
 if TYPE_CHECKING:  # at run time, only figures.py says what is missing
     from matplotlib.figure import Figure
 
-_COLUMNS = (("training loss", "train_loss", 4), *MEASURE_COLUMNS, ("E-AURC x1000", "eaurc", 2))
+_COLUMNS = (("training loss", "train_loss", 4), *MEASURE_COLUMNS)
 
 
 class Plot(NamedTuple):
@@ -282,14 +283,14 @@ def _starts(files: RunFiles) -> list[Part]:
     before: Mapping[str, Any] | None = None
     for start in files.starts:
         facts = start["facts"]
-        changes = [] if before is None else _changes(before, facts)
+        changed = [] if before is None else changes(before, facts)
         rows.append(
             [
                 str(start["start"] + 1),
                 time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start["time"])),
                 start["host"],
                 " ".join(start["command"]),
-                "; ".join(changes) or "-",
+                "; ".join(changed) or "-",
             ]
         )
         before = facts
@@ -299,14 +300,6 @@ def _starts(files: RunFiles) -> list[Part]:
         told = ", ".join(f"{key} {yaml_value(value)}" for key, value in origin.items())
         parts.append(Text(f"The run began from another one's checkpoint: {told}."))
     return parts
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key} was {before.get(key)}, now {now.get(key)}"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
-    ]
 
 
 def _number(value: float | None, digits: int) -> str:

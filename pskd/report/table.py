@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from pskd.recipe import PUBLISHED_MEASURES
+
 Format = Literal["text", "markdown", "latex"]
 
 # title, key in results and recipes, decimals
@@ -12,7 +14,9 @@ MEASURE_COLUMNS = (
     ("NLL", "nll", 4),
     ("ECE %", "ece", 2),
     ("AURC x1000", "aurc", 2),
+    ("E-AURC x1000", "eaurc", 2),
 )
+PUBLISHED_COLUMNS = tuple(row for row in MEASURE_COLUMNS if row[1] in PUBLISHED_MEASURES)
 
 _LATEX = str.maketrans(
     {

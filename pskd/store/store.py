@@ -50,7 +50,7 @@ class StoreOptions:
 
 
 class Store:
-    """Past predictions on disk. All methods but `past`, `prefetch`, `remember` are collective.
+    """Past predictions on disk. `begin_epoch`, `commit` and `receive` are collective.
 
     Generation e holds the predictions made in epoch e. While epoch e trains, generation e - 1 is
     read (`finished`) and generation e is written (`growing`).

@@ -118,7 +118,9 @@ def _enter(path: Path, wanted: Record, peers: Peers) -> Record:
 
 
 class TrainingStore:
-    """Past predictions of a loop. All methods but `past`, `prefetch`, `remember` are collective.
+    """Past predictions of a loop.
+
+    `begin_epoch`, `end_epoch`, `commit`, `load_state_dict` and `retain` are collective.
 
     If an epoch trains a sample more than once, its last row counts: of one rank that of the last
     step, of several that of the highest rank. A sample that an epoch leaves out keeps its older

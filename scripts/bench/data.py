@@ -48,6 +48,8 @@ from pskd.data import colour, folder, index
 from pskd.data.dali import DaliData
 from pskd.data.graph import ImageOptions
 from pskd.data.imagefolder import EncodedSplit, FolderCatalog
+from pskd.data.interface import validation_batches
+from pskd.data.sections import DataSection
 from pskd.order import MicroBatch, Plan, Walk, epoch_order
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -64,22 +66,10 @@ Row = list[str]
 
 def options(augment: Any, threads: int) -> ImageOptions:
     """The defaults of the configuration."""
-    return ImageOptions(
-        augment=augment,
-        flip=True,
-        image_size=SIZE,
-        resize_schedule=(),
-        crop_scale=SCALE,
-        crop_ratio=RATIO,
-        validation_resize=256,
-        interpolation="linear",
-        on_bad_image="stop",
-        mixed=False,
-        hw_decoder_load=0.65,
-        threads=threads,
-        prefetch=2,
-        channels_last=False,
+    section = DataSection(
+        augment=augment, flip=True, image_size=SIZE, crop_scale=list(SCALE), crop_ratio=list(RATIO)
     )
+    return ImageOptions(section, mixed=False, threads=threads, channels_last=False)
 
 
 def ours(catalog: FolderCatalog, augment: str, batch: int, threads: int) -> Callable[[], None]:
@@ -362,7 +352,7 @@ def memory(images: Path, batch: int, threads: int, epochs: int) -> list[float]:
     for _ in range(epochs):
         for micro in itertools.islice(micros, plan.steps):
             data.train_batch(micro)
-        for _ in data.validation_batches(0, 1, batch):
+        for _ in validation_batches(data, 0, 1, batch):
             pass
         resident.append(psutil.Process().memory_info().rss / 1e6)
     data.close()
