@@ -7,7 +7,7 @@ import sys
 
 from pskd import recipe
 from pskd.deepspeed_config import SHIPPED
-from tests.launches import ROOT
+from tests.launches import ROOT, status
 
 LIST = """
 import pskd, json
@@ -19,7 +19,7 @@ print(json.dumps([pskd.__file__, recipe.names(), sorted(p.name for p in SHIPPED.
 """
 
 
-def test_a_wheel_brings_recipes_deepspeed_configurations_and_templates(tmp_path):
+def test_a_wheel_brings_all_that_training_needs(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     source = tmp_path / "source"  # so that nothing is built inside the repository
@@ -38,3 +38,15 @@ def test_a_wheel_brings_recipes_deepspeed_configurations_and_templates(tmp_path)
     assert recipes == list(recipe.names())
     assert configurations == sorted(path.name for path in SHIPPED.glob("*.json"))
     assert "fp32.json" in configurations
+    flags = ["--train.epochs=2", "--schedule.milestones=[]", "--run.dir=runs/demo"]
+    train = [sys.executable, "-m", "pskd", "--recipe=digits-pskd", *flags]
+    done = subprocess.run(
+        train, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "runs" / "demo")["state"] == "complete"
+    compare = [sys.executable, "-m", "pskd.cli", "compare", "runs/demo"]
+    table = subprocess.run(
+        compare, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "demo" in table.stdout
