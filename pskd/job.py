@@ -1,4 +1,4 @@
-"""A job from its configuration to its exit code: put the parts together, report how it ended."""
+"""A job from its configuration to its exit code: what is agreed on first, how it ended."""
 
 import logging
 import platform
@@ -9,27 +9,17 @@ from typing import Any
 
 import torch
 
-from pskd import deepspeed_config, disk, launch, models, run_dir, tracking, world
-from pskd.checkpoint import Checkpoints, Position
+from pskd import deepspeed_config, launch, models, run_dir, tracking, world
+from pskd.assembly import Accepted, assemble
+from pskd.checkpoint import Position
 from pskd.config import Config
-from pskd.engine import Engine
 from pskd.errors import EXIT_FAILED, AgreedError
 from pskd.failure import repeats, understand
 from pskd.fields import TAGS
-from pskd.history import History
-from pskd.loading import AnyCatalog, input_sizes, loader, mixer, preprocessing, samples
-from pskd.methods import registry
+from pskd.loading import AnyCatalog, input_sizes, samples
 from pskd.models.probe import check_takes
-from pskd.order import Plan
-from pskd.profiling import Profile
-from pskd.restore import Identity, Parts, resume
-from pskd.run_dir import RunDir, Start, Status
-from pskd.sites import Sites
-from pskd.startup import Origin, open_directory, register_start
-from pskd.store.store import Store, StoreOptions
-from pskd.teacher import TrainedNetwork
+from pskd.startup import open_directory, register_start
 from pskd.trainer import Trainer
-from pskd.weights import initialise, weights_sha256
 from pskd.world import World
 
 log = logging.getLogger("pskd")
@@ -84,9 +74,8 @@ class Job:
         self.path = directory.path
         start, origin = register_start(config, settings, here, directory, sites, threads)
         self.start = start.number
-        return _assemble(
-            config, settings, here, sites, catalog, plan, model, directory, start, origin
-        )
+        accepted = Accepted(config, settings, here, sites, catalog, plan, directory, start, origin)
+        return assemble(accepted, model)
 
     def report(self, error: BaseException) -> None:
         """Say once why the job failed, in the log and in status.json."""
@@ -139,99 +128,6 @@ def deepspeed_settings(config: Config, here: World) -> dict[str, Any]:
     return settings
 
 
-def _assemble(
-    config: Config,
-    settings: dict[str, Any],
-    here: World,
-    sites: Sites,
-    catalog: AnyCatalog,
-    plan: Plan,
-    model: torch.nn.Module,
-    directory: RunDir,
-    start: Start,
-    origin: Origin | None,
-) -> tuple[Trainer, Position]:
-    """Build every part, and bring it to where the run was left."""
-    _initialise(model, config, directory, here)
-    model.to(here.device)
-    if config.model.sync_batchnorm:
-        if here.device.type != "cuda":
-            raise AgreedError("model.sync_batchnorm true works on GPUs only: leave it out.")
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    with here.together():
-        engine = Engine(
-            model,
-            config.optimizer,
-            config.engine,
-            settings,
-            here.timeout,
-            config.model.ema_decay,
-            config.evaluation.weights == "ema",
-        )
-    with here.together():
-        network = TrainedNetwork(engine, config.model.name, catalog.num_classes)
-        method = registry.create(config.method, network)
-    store = None
-    if method.needs_store:
-        section = config.store
-        with here.together():
-            store = Store(
-                directory.store,
-                n=plan.n,
-                classes=catalog.num_classes,
-                identity=catalog.fingerprint,
-                run=start.run,
-                start=start.number,
-                peers=sites,
-                options=StoreOptions(section.encoding, section.read, section.readahead_bytes),
-                device=here.device,
-            )
-    with here.together():
-        if here.rank == 0:
-            directory.write_json("preprocessing.json", preprocessing(config.data, catalog))
-    parts = Parts(Identity(catalog.fingerprint), engine, History(), method, store)
-    checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
-    parts.register(checkpoints)
-    position = resume(parts, checkpoints, origin, here, sites)
-    if position.epoch < config.train.epochs:
-        need = disk.need_of(
-            config,
-            engine.model,
-            n=plan.n,
-            classes=catalog.num_classes,
-            ranks=here.size,
-            sharded=engine.sharded,
-        )
-        with here.together():
-            if sites.leads:
-                log.info("%s", disk.check(directory.path, need))
-    with here.together():
-        followers = tracking.trackers(config, directory.path, start.run) if here.rank == 0 else []
-    profile = None
-    if config.run.profile and here.rank == 0:
-        profile = Profile(directory.path, config.run.profile)
-    log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
-    trainer = Trainer(
-        config=config,
-        world=here,
-        sites=sites,
-        run_dir=directory,
-        data=loader(config, here, catalog, peers=method.needs_peers),
-        mixer=mixer(config),
-        plan=plan,
-        num_classes=catalog.num_classes,
-        engine=engine,
-        method=method,
-        store=store,
-        checkpoints=checkpoints,
-        history=parts.history,
-        status=Status(directory, config.train.epochs, start.number) if sites.leads else None,
-        trackers=followers,
-        profile=profile,
-    )
-    return trainer, position
-
-
 def network(config: Config, catalog: AnyCatalog, here: World) -> torch.nn.Module:
     """Freshly initialised, the same on every rank; one that takes the images."""
     torch.manual_seed(config.train.seed)
@@ -240,19 +136,3 @@ def network(config: Config, catalog: AnyCatalog, here: World) -> torch.nn.Module
     with here.together():
         check_takes(model, config.model.name, sizes, key)
     return model
-
-
-def _initialise(model: torch.nn.Module, config: Config, directory: RunDir, here: World) -> None:
-    """The weights that training begins with, if a file names them."""
-    section = config.model
-    begun = here.broadcast(Checkpoints(directory.checkpoints, 1).exist())
-    if section.init is not None and not begun:  # else a checkpoint brings the weights
-        with here.together():
-            initialise(model, section.name, section.init, section.new_head)
-        found = here.gather(weights_sha256(model))
-        odd = [rank for rank, digest in enumerate(found) if digest != found[0]]
-        if odd:
-            raise AgreedError(
-                f"model.init {section.init} holds other weights on ranks {odd} than on rank 0. "
-                "Give every node the same file."
-            )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pskd.checkpoint import Checkpoints, Position
+from pskd.checkpoint import Position
 from pskd.config import Config
 from pskd.data.interface import Data, validation_batches
 from pskd.data.mix import Mixer
@@ -30,7 +30,6 @@ from pskd.progress import Progress, readable
 from pskd.run_dir import RunDir, Status
 from pskd.saver import Saver
 from pskd.schedule import lr_at
-from pskd.sites import Sites
 from pskd.store.store import Store
 from pskd.tracking import Tracker
 from pskd.weights import export_weights, weights_sha256
@@ -64,7 +63,6 @@ class Trainer:
 
     config: Config
     world: World
-    sites: Sites
     run_dir: RunDir
     data: Data
     mixer: Mixer
@@ -73,7 +71,7 @@ class Trainer:
     engine: Engine
     method: Method
     store: Store | None
-    checkpoints: Checkpoints
+    saver: Saver
     history: History
     status: Status | None  # on the first rank that sees a directory
     trackers: Sequence[Tracker] = ()  # on rank 0
@@ -87,15 +85,6 @@ class Trainer:
         self._data_wait_s = 0.0  # in this epoch
         self._loss = float("nan")
         self._records: Records | None = None  # of the last evaluation, of all ranks
-        self.saver = Saver(
-            self.config,
-            self.world,
-            self.sites,
-            self.engine,
-            self.store,
-            self.checkpoints,
-            self.history,
-        )
 
     def run(self, position: Position) -> int:
         """Train from `position` on; returns the exit code."""

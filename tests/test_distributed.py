@@ -24,6 +24,7 @@ from pskd.methods import registry
 from pskd.metrics import MEASURES, per_sample, summarize
 from pskd.order import Plan, epoch_order
 from pskd.run_dir import RunDir
+from pskd.saver import Saver
 from pskd.sites import Sites
 from pskd.store import open_generation
 from pskd.store.store import Store, StoreOptions
@@ -76,6 +77,7 @@ def trainer_of(
         engine, batch=batch, world=world.size, accumulation=accumulation, clip_norm=clip
     )
     method = registry.create(config.method, None)
+    sites = Sites(world, [0] * world.size)
     store = None
     if method.needs_store:
         store = Store(
@@ -85,24 +87,25 @@ def trainer_of(
             identity=catalog.fingerprint,
             run="run",
             start=0,
-            peers=Sites(world, [0] * world.size),
+            peers=sites,
             options=StoreOptions("float32"),
             device=world.device,
         )
+    trained = Engine(model, config.optimizer, config.engine, settings, world.timeout)
+    history = History()
     return Trainer(
         config=config,
         world=world,
-        sites=Sites(world, [0] * world.size),
         run_dir=RunDir(Path(path)),
         mixer=Mixer(0, MixingSection(), ErasingSection()),
         data=ArrayData(catalog, world.device, 0, 1, False),
         plan=plan,
         num_classes=10,
-        engine=Engine(model, config.optimizer, config.engine, settings, world.timeout),
+        engine=trained,
         method=method,
         store=store,
-        checkpoints=Checkpoints(Path(path), 1),
-        history=History(),
+        saver=Saver(config, world, sites, trained, store, Checkpoints(Path(path), 1), history),
+        history=history,
         status=None,
     )
 
@@ -358,14 +361,15 @@ def test_ranks_with_different_command_lines_are_refused_by_key(pool):
 def weights_not_finite(world: World, path: str) -> tuple[str, bool]:
     """What saving says of a weight that became nan, and whether a checkpoint was written."""
     trainer = trainer_of(world, network(), batch=20, path=path)
-    trainer.checkpoints.register("engine", trainer.engine)
+    checkpoints = trainer.saver._checkpoints
+    checkpoints.register("engine", trainer.engine)
     if world.rank == 1:
         with torch.no_grad():
             next(trainer.engine.model.parameters())[0, 0] = float("nan")
     try:
         trainer._save(Position(0, 3))
     except PskdError as error:
-        return str(error), trainer.checkpoints.latest() is not None
+        return str(error), checkpoints.latest() is not None
     return "saved", True
 
 

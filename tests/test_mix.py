@@ -34,6 +34,7 @@ from pskd.history import History
 from pskd.methods import registry
 from pskd.order import Plan, Walk, epoch_order
 from pskd.run_dir import RunDir
+from pskd.saver import Saver
 from pskd.sites import Sites
 from pskd.store import open_generation
 from pskd.store.store import Store, StoreOptions
@@ -650,20 +651,21 @@ def trainer_of(world, path, mixer, accumulation):
         options=StoreOptions("float32"),
         device=world.device,
     )
+    engine = Engine(model, config.optimizer, config.engine, settings, world.timeout)
+    history = History()
     return Trainer(
         config=config,
         world=world,
-        sites=sites,
         run_dir=RunDir(Path(path)),
         mixer=mixer,
         data=Flawed(catalog, world.device, SEED, 1, False),
         plan=plan,
         num_classes=10,
-        engine=Engine(model, config.optimizer, config.engine, settings, world.timeout),
+        engine=engine,
         method=registry.create(config.method, None),
         store=store,
-        checkpoints=Checkpoints(Path(path), 1),
-        history=History(),
+        saver=Saver(config, world, sites, engine, store, Checkpoints(Path(path), 1), history),
+        history=history,
         status=None,
     )
 

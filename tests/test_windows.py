@@ -390,10 +390,19 @@ def test_colours_of_a_channels_last_image_are_the_same():
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.fixture
+def matmul():
+    """The switches of products on a GPU, as they were afterwards."""
+    switches = torch.backends.cuda.matmul
+    before = switches.allow_tf32
+    yield switches
+    switches.allow_tf32 = before
+
+
 @pytest.mark.parametrize("allowed", [False, True])
-def test_colours_are_exact_where_the_network_may_use_tf32(monkeypatch, allowed):
+def test_colours_are_exact_where_the_network_may_use_tf32(monkeypatch, matmul, allowed):
     """And it may again afterwards. On a CPU the switch shows, but changes no bit."""
-    matmul, baddbmm, during = torch.backends.cuda.matmul, torch.baddbmm, []
+    baddbmm, during = torch.baddbmm, []
 
     def watched(*args):
         during.append(matmul.allow_tf32)
@@ -402,7 +411,7 @@ def test_colours_are_exact_where_the_network_may_use_tf32(monkeypatch, allowed):
     maps, images = torch.from_numpy(colour.maps(1, 0, np.arange(4))), torch.rand(4, 3, 5, 5)
     expected = colour.apply(maps, images)
     monkeypatch.setattr(torch, "baddbmm", watched)
-    monkeypatch.setattr(matmul, "allow_tf32", allowed)
+    matmul.allow_tf32 = allowed
     assert torch.equal(colour.apply(maps, images), expected)
     assert during == [False, False]
     assert matmul.allow_tf32 is allowed
@@ -410,8 +419,8 @@ def test_colours_are_exact_where_the_network_may_use_tf32(monkeypatch, allowed):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.gpu
-def test_colours_on_a_gpu_that_may_use_tf32_are_those_of_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_colours_on_a_gpu_that_may_use_tf32_are_those_of_the_cpu(matmul):
+    matmul.allow_tf32 = True
     maps, images = torch.from_numpy(colour.maps(1, 0, np.arange(16))), torch.rand(16, 3, 64, 64)
     found = colour.apply(maps.cuda(), images.cuda()).cpu()
     torch.testing.assert_close(found, colour.apply(maps, images), rtol=1e-5, atol=1e-5)

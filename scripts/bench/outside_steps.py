@@ -65,7 +65,7 @@ def first_step(out: Path, flags: list[str]) -> None:
     import deepspeed  # noqa: F401
 
     stages.next("import deepspeed")
-    from pskd import job, world
+    from pskd import assembly, job, world
     from pskd.data.catalog import DATASETS
     from pskd.order import epoch_order
 
@@ -73,25 +73,27 @@ def first_step(out: Path, flags: list[str]) -> None:
     stages.next("import the rest")
     here = world.start(config.run.timeout_s)
     stages.next("join the other ranks")
-    parts = {
+    of_job = {
         "samples": "read the data (or its index)",
         "network": "build the network",
         "open_directory": "open the run directory",
         "register_start": "compare it with the run",
+    }
+    of_assembly = {
         "Engine": "DeepSpeed's engine",
         "Store": "open the store",
         "resume": "look for a checkpoint",
         "loader": "build the data path",
     }
-    for name, label in parts.items():
-        setattr(job, name, stages.around(label, getattr(job, name)))
+    for module, parts in ((job, of_job), (assembly, of_assembly)):
+        for name, label in parts.items():
+            setattr(module, name, stages.around(label, getattr(module, name)))
     begun = time.time()
     trainer, position = job.Job(config).prepare(here)
     trainer.begin(position)
     whole = time.time() - begun
-    stages.seconds["the rest of it"] = whole - sum(
-        stages.seconds[v] for v in parts.values() if v in stages.seconds
-    )
+    known = [*of_job.values(), *of_assembly.values()]
+    stages.seconds["the rest of it"] = whole - sum(stages.seconds.get(k, 0.0) for k in known)
     stages._since = time.time()
     order_N = epoch_order(config.train.seed, 0, trainer.plan.n)
     trainer.method.begin_epoch(0, config.train.epochs)
