@@ -111,7 +111,7 @@ def test_a_network_of_nan_is_refused_on_all_ranks(pool, run, tmp_path):
     content["net"]["linear.bias"][3] = float("nan")
     torch.save(content, tmp_path / "nan.pth")
     message = evaluated(pool, 2, tmp_path / "nan.pth", flags=["--data.name=digits"])
-    assert f"{tmp_path / 'nan.pth'} on digits: logits_NC holds 360 NaN or +inf" in message
+    assert f"{tmp_path / 'nan.pth'} on digits: the logits hold 360 NaN or +inf" in message
 
 
 def test_a_temperature_is_fitted_on_what_the_run_held_out(pool, run, tmp_path):

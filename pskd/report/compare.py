@@ -8,6 +8,7 @@ from typing import Any
 from pskd import recipe
 from pskd.errors import PskdError
 from pskd.files import read_run_json
+from pskd.progress import counted
 from pskd.report.origin import described, published
 from pskd.report.table import PUBLISHED_COLUMNS, Table
 from pskd.run_dir import read_complete, saved_settings
@@ -77,7 +78,7 @@ def _measured_on(run: Path) -> str:
     about = read_run_json(run / "preprocessing.json")
     if about is None:  # of an older version
         return text
-    return f"{text}, {len(about['class_names'])} classes"
+    return f"{text}, {counted(len(about['class_names']), 'class')}"
 
 
 def _row(run: Path, label: str) -> list[str]:

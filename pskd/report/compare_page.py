@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pskd.metrics import Records
+from pskd.progress import counted
 from pskd.report import figures
 from pskd.report.compare import different_data, labels
 from pskd.report.page import Drawing, Part, Section, Text, page
@@ -28,7 +29,7 @@ def compare_page(runs: Sequence[Path], table: Table, output: Path, bins: int | N
     records = {name: run.records for name, run in files.items() if run.records is not None}
     if records:
         sections += _of_predictions(records, bins or max(run.bins for run in files.values()))
-    title = f"{len(runs)} run{'s' if len(runs) > 1 else ''} side by side"
+    title = f"{counted(len(runs), 'run')} side by side"
     write(output, page(title, sections, _lead(runs, files)), "--html")
 
 
@@ -64,7 +65,7 @@ def _of_predictions(records: Mapping[str, Records], bins: int) -> list[Section]:
     calibration = Drawing(
         figures.svg(figures.reliability(records, bins)),
         "Accuracy by confidence of each run, with the number of samples in each bin.",
-        f"{bins} bins; the dashed line is perfect calibration.",
+        f"{counted(bins, 'bin')}; the dashed line is perfect calibration.",
     )
     risk = Drawing(
         figures.svg(figures.risk_coverage(records)),

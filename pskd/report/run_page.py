@@ -13,6 +13,7 @@ from pskd.command_line import resolve
 from pskd.errors import PskdError
 from pskd.files import write_atomically
 from pskd.metrics import Records
+from pskd.progress import counted
 from pskd.report import figures, points
 from pskd.report.origin import published
 from pskd.report.page import Code, Drawing, Part, Section, Text, page
@@ -163,7 +164,8 @@ def _of_predictions(files: RunFiles, records: Records, bins: int, drawer: Drawer
         "reliability",
         figures.reliability({files.name: records}, bins),
         "Accuracy by confidence, with the number of samples in each bin.",
-        f"{len(records)} samples in {bins} bins; the dashed line is perfect calibration.",
+        f"{counted(len(records), 'sample')} in {counted(bins, 'bin')}; "
+        "the dashed line is perfect calibration.",
     )
     confidences = Plot(
         "confidences",
