@@ -236,10 +236,12 @@ def test_a_share_of_other_data_is_fitted_on_and_not_measured(pool, folder):
     asked = {"flags": flags_for(folder / "photos"), "model": "resnet18", "fit_on": "0.5"}
     found = evaluated(pool, 1, folder / "two.pth", **asked)
     if isinstance(found, str):  # a network that has learnt nothing may be worse than chance
-        assert "no temperature fits the 13 samples of 0.5 of" in found
+        assert f"no temperature fits the 13 samples of {folder / 'two.pth'} on imagefolder" in found
+        assert "(a share of 0.5): " in found
     else:
         assert found.samples == 13
-        assert found.fitted_on.startswith("13 samples of 0.5 of")
+        assert found.fitted_on.startswith(f"13 samples of {folder / 'two.pth'} on imagefolder")
+        assert found.fitted_on.endswith("(a share of 0.5)")
 
 
 def test_other_classes_and_folders_without_images_are_refused(pool, run, folder, tmp_path):
