@@ -123,6 +123,32 @@ def test_what_is_no_file_of_logits_is_refused_with_what_it_should_be(
     assert_one_line(error)
 
 
+@pytest.mark.parametrize(
+    ("words", "usage", "part"),
+    [
+        (["report", "a", "b"], "pskd report ", "unrecognized arguments: b"),
+        (["report", "a", "--bin", "3"], "pskd report ", "unrecognized arguments: --bin 3"),
+        (["evaluate", "a", "--bin", "3"], "pskd evaluate ", "unrecognized arguments: --bin 3"),
+        (["store", "info", "a", "b"], "pskd store info ", "unrecognized arguments: b"),
+        (["export", "a", "--data.name=b"], "pskd export ", "take settings such as --data.name=b"),
+        *(
+            ([command], f"pskd {command} ", "the following arguments are required: ")
+            for command in ("report", "compare", "inspect", "export", "import", "index")
+        ),
+        ([], "pskd ", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_wrong_use_shows_that_of_the_command_and_ends_as_other_refusals(
+    capsys, words, usage, part
+):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: {usage}")
+    assert part in error
+
+
 def measured(top1, epoch, top5=1.5):
     return {
         "epoch": epoch,
