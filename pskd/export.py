@@ -67,7 +67,9 @@ def export(
         write_atomically(target, content)
         write_atomically(beside, (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
-        raise PskdError(f"{target} cannot be written: {error.strerror}.") from error
+        raise PskdError(
+            f"{target} cannot be written: {error.strerror}. Name another place with --output."
+        ) from error
     return target, beside
 
 

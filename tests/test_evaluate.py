@@ -142,7 +142,10 @@ def test_a_temperature_is_fitted_on_what_the_run_held_out(pool, run, tmp_path):
         ({"fit_on": "held-out"}, ["are the ones that are measured", "--data.held_out 0"]),
         ({"fit_on": "0.3"}, ["would fit on the samples that the run is judged by", "held-out"]),
         ({"flags": ["--data.pad_to=32"], "bins": 15, "fit": "nowhere.npz"}, ["nowhere.npz: No s"]),
-        ({"output": "nowhere/x.npz"}, ["--output nowhere/x.npz cannot be written"]),
+        (
+            {"output": "nowhere/x.npz"},
+            ["--output nowhere/x.npz cannot be written", "Name another place."],
+        ),
         (
             {"model": "preact_resnet8_w16", "path": "models/checkpoint_2.pth"}
             | {"flags": ["--data.name=fashion-mnist", "--data.root=nowhere"]},
@@ -328,6 +331,7 @@ def launched(processes, *words):
     ("words", "part"),
     [
         ([], "nothing is named"),
+        (["--weights", "x.pth"], "--weights x.pth lacks --model NAME, the network that it holds."),
         (["{run}", "--logits", "x.npz"], "RUN | FILE.pth and --logits FILE.npz are named"),
         (["--model", "resnet18"], "--model resnet18 needs its weights"),
         (["{run}", "--weights", "x.pth"], "use last or best"),
