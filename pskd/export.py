@@ -18,7 +18,7 @@ from pskd import models
 from pskd.errors import PskdError
 from pskd.fields import known
 from pskd.files import write_atomically
-from pskd.run_dir import read_complete
+from pskd.run_dir import read_complete, read_result
 from pskd.weights import (
     difference,
     export_path,
@@ -111,7 +111,7 @@ def facts_of(run: Path, which: str) -> dict[str, Any]:
     Raises:
         PskdError: the run is not complete, or has lost it, or a file is damaged.
     """
-    last = read_complete(run, "result.json")["last"]
+    last = read_result(run)["last"]
     file = export_path(run, "best" if which == "best" else last["epoch"])
     if not file.exists():
         raise PskdError(f"{file}: no such file. Train the run to its end, or add it.")

@@ -314,6 +314,8 @@ def test_a_run_of_an_older_version_says_what_is_left_out_and_how_to_get_it(runs,
     [
         ("metrics.jsonl", "{]"),
         ("result.json", "{"),
+        ("result.json", "[]"),
+        ("result.json", '{"last": {"epoch": 1}}'),
         ("evaluation.npz", "no archive"),
         ("preprocessing.json", ""),
         ("config.yaml", "a: [b"),
@@ -325,11 +327,46 @@ def test_a_damaged_file_is_named(runs, tmp_path, capsys, name, content):
     shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
     (run / name).write_text(content)
     for command in (["report", str(run)], ["compare", str(run), "--html", str(tmp_path / "c")]):
-        assert main(command) == 1 or (name, command[0]) == ("result.json", "report")
+        assert main(command) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"error: {run / name} ")
-        assert error.count("\n") == 1 or "config" in name
-        assert "Remove it: `train.py" in error or "Restore it" in error
+        assert error.count("\n") == 1
+        assert "Remove it: `train.py" in error or "Restore it from a copy, or remove it" in error
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize(
+    ("last", "part"),
+    [
+        ({"nll": ...}, " has no nll in last. Remove it: `train.py"),
+        ({"nll": "low", "epoch": None}, " has no epoch, nll in last. Remove it: `train.py"),
+        (..., " lacks last. Remove it: `train.py"),
+    ],
+)
+def test_what_a_result_lacks_is_named(runs, tmp_path, capsys, command, last, part):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    content = result(run)
+    if last is ...:
+        del content["last"]
+    else:
+        content["last"] = {k: v for k, v in (content["last"] | last).items() if v is not ...}
+    (run / "result.json").write_text(json.dumps(content))
+    assert main([command, str(run)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {run / 'result.json'}{part}")
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [("{]", "line 2 is no JSON"), ('{"epoch": 1, "images_per_s": 2}', "line 2 lacks top1_error")],
+)
+def test_a_bad_line_of_the_metrics_is_named(runs, tmp_path, capsys, line, part):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    (run / "metrics.jsonl").write_text(f"{first}\n{line}\n")
+    assert main(["report", str(run)]) == 1
+    assert f"{run / 'metrics.jsonl'} cannot be read ({part}). " in capsys.readouterr().err
 
 
 def test_an_empty_folder_holds_no_run(tmp_path, capsys):

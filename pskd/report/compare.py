@@ -11,7 +11,7 @@ from pskd.files import read_run_json
 from pskd.progress import counted
 from pskd.report.origin import described, published
 from pskd.report.table import PUBLISHED_COLUMNS, Table
-from pskd.run_dir import read_complete, saved_settings
+from pskd.run_dir import read_result, saved_settings
 
 
 def comparison(runs: Sequence[Path]) -> Table:
@@ -108,8 +108,7 @@ def _cell(values: list[float | None], published: float | None, digits: int) -> s
 
 def _result(run: Path) -> dict[str, Any]:
     saved_settings(run)  # is it a run at all
-    result: dict[str, Any] = read_complete(run, "result.json")
-    return result
+    return read_result(run)
 
 
 def _recipe(run: Path) -> str:
