@@ -387,7 +387,10 @@ def test_what_cannot_be_written_and_bins_of_none(runs, tmp_path, capsys):
     assert main(["compare", run, "--bins", "5"]) == 1
     assert "--bins 5 means nothing without --html" in capsys.readouterr().err
     assert main(["compare", run, f"{run}/../pskd"]) == 1
-    assert "named twice" in capsys.readouterr().err
+    both = f"{run} and {run}/../pskd are one run, which is named twice"
+    assert both in capsys.readouterr().err
+    assert main(["compare", run, run]) == 1
+    assert capsys.readouterr().err == f"error: {run} is named twice: name each run once.\n"
 
 
 def test_without_matplotlib_the_remedy_is_named(runs):

@@ -53,9 +53,11 @@ def labels(runs: Sequence[Path]) -> list[str]:
         PskdError: a directory is named twice.
     """
     places = [run.resolve() for run in runs]
-    for run, place in zip(runs, places, strict=True):
-        if places.count(place) > 1:
-            raise PskdError(f"{run} is named twice: name each run once.")
+    for k, (run, place) in enumerate(zip(runs, places, strict=True)):
+        first = runs[places.index(place)]
+        if places.index(place) < k:
+            same = f"{first} and {run} are one run, which" if first != run else run
+            raise PskdError(f"{same} is named twice: name each run once.")
     names = [place.name for place in places]
     return [
         str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)
