@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pskd import models
 from pskd.errors import PskdError
 from pskd.fields import known
-from pskd.files import write_atomically
+from pskd.files import write_atomically, written_again
 from pskd.run_dir import read_complete, read_result
 from pskd.weights import (
     difference,
@@ -115,7 +115,10 @@ def facts_of(run: Path, which: str) -> dict[str, Any]:
     file = export_path(run, "best" if which == "best" else last["epoch"])
     if not file.exists():
         raise PskdError(f"{file}: no such file. Train the run to its end, or add it.")
-    return read_saved(file)
+    try:
+        return read_saved(file)
+    except PskdError as error:
+        raise PskdError(f"{error} {written_again(run)}") from error
 
 
 def _content(model: nn.Module, kind: Format, height: int, width: int) -> bytes:

@@ -182,6 +182,11 @@ def test_a_damaged_file_of_a_run_is_named(pool, run, tmp_path, name):
     message = evaluated(pool, 1, damaged)
     assert isinstance(message, str)
     assert message.startswith(f"{damaged / name} ")
+    if name != "ds_config.json":
+        assert message.endswith(
+            f"Remove it: `train.py --run.dir {damaged}` writes it again, without training again "
+            "what is trained."
+        )
 
 
 def test_an_unfinished_run_says_what_it_has(pool, run, tmp_path):
@@ -199,6 +204,12 @@ def test_an_unfinished_run_says_what_it_has(pool, run, tmp_path):
     assert "--weights best" in message
     expected = {name: result(run)["best"][name] for name in MEASURES}
     assert evaluated(pool, 1, unfinished, which="best").raw.measures == expected
+    status.update(state="complete", epoch=2)
+    (unfinished / "status.json").write_text(json.dumps(status))
+    message = evaluated(pool, 1, unfinished)
+    assert message.startswith(f"{unfinished} is complete, but its result.json is gone")
+    assert f"`train.py --run.dir {unfinished}` writes it again" in message
+    assert " of 2" not in message
     (unfinished / "status.json").write_text("")
     assert "is not complete (it has checkpoint_best.pth" in evaluated(pool, 1, unfinished)
     (unfinished / "models" / "checkpoint_best.pth").unlink()
@@ -347,7 +358,9 @@ def launched(processes, *words):
         (["{run}", "--data.name", "cifra10"], "did you mean 'cifar10'?"),
         (["nowhere"], "nowhere: no such run or file"),
         (["{run}/models"], "is no run directory"),
-        (["--model", "resnet18", "--weights", "{run}/config.yaml"], "--data.name NAME"),
+        (["--model", "resnet18", "--weights", "{run}/evaluation.npz"], "holds no weights"),
+        (["--model", "resnet18", "--weights", "{run}/models/checkpoint_2.pth"], "--data.name NAME"),
+        ([str(ROOT / "README.md")], f"{ROOT / 'README.md'} holds no weights"),
     ],
 )
 def test_a_command_that_cannot_be_meant_is_refused(run, capsys, words, part):
