@@ -265,6 +265,50 @@ def test_of_many_classes_the_worst_are_named(runs, tmp_path):
     assert "8000 samples in 15 bins" in text
 
 
+def test_waits_for_the_store_are_shown_where_they_are_worth_it(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    lines = read(run).lines
+    for wait_s, shown in ((0.009, False), (0.5, True)):
+        waited = [{**line, "train_s": 10.0, "store_wait_s": wait_s} for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in waited))
+        assert main(["report", str(run)]) == 0
+        text = words(parsed(run / "report" / "index.html").text)
+        assert ("waited 1.0 s for the store in all" in text) == shown
+        assert ("for the store" in text) == shown
+
+
+def test_runs_without_predictions_share_one_notice(runs, tmp_path):
+    paths = []
+    for name in ("pskd", "baseline"):
+        paths.append(tmp_path / name)
+        ignored = shutil.ignore_patterns("checkpoints", "store", "evaluation.npz")
+        shutil.copytree(runs / name, paths[-1], ignore=ignored)
+    output = tmp_path / "c.html"
+    assert main(["compare", *map(str, paths), "--html", str(output)]) == 0
+    assert output.read_text().count('class="notice"') == 1
+    text = words(parsed(output).text)
+    assert "of pskd, baseline are left out: they were completed by an older version" in text
+    assert all(f"`train.py --run.dir {path}`" in text for path in paths)
+
+
+def test_settings_that_an_older_run_lacks_differ_only_where_the_other_has_no_default(
+    runs, tmp_path
+):
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    for path in (older, newer):
+        shutil.copytree(runs / "pskd", path, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    settings = yaml.safe_load((older / "config.yaml").read_text())
+    settings["store"]["read"] = "off"
+    (newer / "config.yaml").write_text(yaml.safe_dump(settings))
+    del settings["engine"]["deterministic"], settings["tracking"], settings["store"]["read"]
+    (older / "config.yaml").write_text(yaml.safe_dump(settings))
+    output = tmp_path / "c.html"
+    assert main(["compare", str(older), str(newer), "--html", str(output)]) == 0
+    text = words(parsed(output).text)
+    assert "Where the runs differ: key older newer store.read - off Learning curves" in text
+
+
 def test_an_unfinished_run_is_reported_as_such(runs, tmp_path, capsys):
     run = tmp_path / "run"
     flags = ("--recipe=digits-pskd", "--train.epochs=400", "--run.threads=1")
