@@ -118,7 +118,8 @@ def facts_of(run: Path, which: str) -> dict[str, Any]:
     try:
         return read_saved(file)
     except PskdError as error:
-        raise PskdError(f"{error} {written_again(run)}") from error
+        remedy = "Restore it from a copy, or take the last epoch: --weights last."
+        raise PskdError(f"{error} {remedy if which == 'best' else written_again(run)}") from error
 
 
 def _content(model: nn.Module, kind: Format, height: int, width: int) -> bytes:
