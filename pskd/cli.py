@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 from pskd import launch
 from pskd.doctor import command as doctor_command
@@ -31,9 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments, unknown = parser.parse_known_args(words)
         if unknown and arguments.command != "doctor":
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         if settings and arguments.command not in _TAKE_SETTINGS:
-            parser.error(f"only {', '.join(_TAKE_SETTINGS)} take settings such as {settings[0]}")
+            arguments.parser.error(
+                f"only {', '.join(_TAKE_SETTINGS)} take settings such as {settings[0]}"
+            )
         arguments.settings = [*unknown, *settings]
         code = arguments.run_command(arguments)
         sys.stdout.flush()
@@ -67,8 +70,20 @@ def _split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
     return words, flags
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of the command and of each below it: says its own usage, and ends as every refusal does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+        self.set_defaults(parser=self)  # that of the last command stays
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_FAILED, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pskd", description=__doc__)
+    parser = _Parser(prog="pskd", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_report(commands.add_parser("report", help="a run as a page with figures"))
     _add_compare(commands.add_parser("compare", help="complete runs side by side"))

@@ -229,4 +229,6 @@ def _write(path: Path, predictions: Predictions) -> None:
     try:
         write_atomically(path, content.getbuffer())
     except OSError as error:
-        raise PskdError(f"--output {path} cannot be written: {error.strerror}.") from error
+        raise PskdError(
+            f"--output {path} cannot be written: {error.strerror}. Name another place."
+        ) from error

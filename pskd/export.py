@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pskd import models
 from pskd.errors import PskdError
 from pskd.fields import known
-from pskd.files import write_atomically
-from pskd.run_dir import read_complete
+from pskd.files import write_atomically, written_again
+from pskd.run_dir import read_complete, read_result
 from pskd.weights import (
     difference,
     export_path,
@@ -67,7 +67,9 @@ def export(
         write_atomically(target, content)
         write_atomically(beside, (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
-        raise PskdError(f"{target} cannot be written: {error.strerror}.") from error
+        raise PskdError(
+            f"{target} cannot be written: {error.strerror}. Name another place with --output."
+        ) from error
     return target, beside
 
 
@@ -109,11 +111,15 @@ def facts_of(run: Path, which: str) -> dict[str, Any]:
     Raises:
         PskdError: the run is not complete, or has lost it, or a file is damaged.
     """
-    last = read_complete(run, "result.json")["last"]
+    last = read_result(run)["last"]
     file = export_path(run, "best" if which == "best" else last["epoch"])
     if not file.exists():
         raise PskdError(f"{file}: no such file. Train the run to its end, or add it.")
-    return read_saved(file)
+    try:
+        return read_saved(file)
+    except PskdError as error:
+        remedy = "Restore it from a copy, or take the last epoch: --weights last."
+        raise PskdError(f"{error} {remedy if which == 'best' else written_again(run)}") from error
 
 
 def _content(model: nn.Module, kind: Format, height: int, width: int) -> bytes:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pskd.errors import PskdError
 
 _WRITTEN_AGAIN = ("result.json", "preprocessing.json")  # by the next start, though nothing is left
@@ -47,13 +49,26 @@ def read_run_json(path: Path) -> Any:
     except OSError as error:
         raise PskdError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        remedy = "Restore it."
+        remedy = "Restore it from a copy."
         if path.name in _WRITTEN_AGAIN:
-            remedy = (
-                f"Remove it: `train.py --run.dir {path.parent}` writes it again, without training "
-                "again what is trained."
-            )
+            remedy = written_again(path.parent)
         raise PskdError(f"{path} cannot be read ({error}). {remedy}") from error
+
+
+def written_again(run: Path) -> str:
+    """The remedy for a damaged file of a run which the next start writes anew."""
+    return (
+        f"Remove it: `train.py --run.dir {run}` writes it again, without training again what is "
+        "trained."
+    )
+
+
+def yaml_defect(error: Exception) -> str:
+    """What is wrong with a YAML file, and where, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def existing(path: Path) -> Path:

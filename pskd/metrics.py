@@ -231,17 +231,22 @@ def _as_tensor(values: "Tensor | NDArray[Any]") -> Tensor:
 def _check_form(logits_NC: Tensor, labels_N: Tensor) -> None:
     if logits_NC.ndim != 2 or logits_NC.shape[1] == 0:
         raise ValueError(
-            f"logits_NC has shape {tuple(logits_NC.shape)}: give (N, C), one row per sample, C >= 1"
+            f"the logits have shape {tuple(logits_NC.shape)}: give (N, C), a row per sample, C >= 1"
         )
     if not logits_NC.is_floating_point():
-        raise ValueError(f"logits_NC has dtype {logits_NC.dtype}: give a floating-point dtype")
+        raise ValueError(f"the logits are {_type(logits_NC)}: give floating-point numbers")
     if labels_N.shape != logits_NC.shape[:1]:
         raise ValueError(
-            f"labels_N has shape {tuple(labels_N.shape)} beside {len(logits_NC)} rows of logits: "
+            f"the labels have shape {tuple(labels_N.shape)} beside {len(logits_NC)} rows: "
             f"give one class index per row, ({len(logits_NC)},)"
         )
     if labels_N.dtype == torch.bool or labels_N.is_floating_point() or labels_N.is_complex():
-        raise ValueError(f"labels_N has dtype {labels_N.dtype}: give class indices, an integer")
+        raise ValueError(f"the labels are {_type(labels_N)}: give class indices, integers")
+
+
+def _type(values: Tensor) -> str:
+    """As numpy calls it."""
+    return str(values.dtype).removeprefix("torch.")
 
 
 def check_values(logits_NC: Tensor, labels_N: Tensor) -> None:
@@ -257,14 +262,14 @@ def check_values(logits_NC: Tensor, labels_N: Tensor) -> None:
     if len(bad_labels_N1):
         n = int(bad_labels_N1[0])
         raise ValueError(
-            f"labels_N holds {int(labels_N[n])} at sample {n}, not in [0, {num_classes}): "
+            f"the labels hold {int(labels_N[n])} at sample {n}, not in [0, {num_classes}): "
             "give class indices that match the columns of the logits"
         )
     if len(logits_NC) and not bool(logits_NC.amax() < math.inf):  # NaN is not either
         bad_logits = (logits_NC.isnan() | logits_NC.isposinf()).nonzero()
         n, c = bad_logits[0].tolist()
         raise ValueError(
-            f"logits_NC holds {len(bad_logits)} NaN or +inf, the first {float(logits_NC[n, c])} "
+            f"the logits hold {len(bad_logits)} NaN or +inf, the first {float(logits_NC[n, c])} "
             f"at sample {n}, class {c}: check the model for divergence or overflow"
         )
 
@@ -273,16 +278,16 @@ def _check_records(records: Records, num_bins: int) -> None:
     if num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}: give at least 1")
     if not len(records):
-        raise ValueError("records holds 0 samples: evaluate at least one")
+        raise ValueError("there are no samples: evaluate at least one")
     bad_by_name = {
-        "confidence_N": (records.confidence_N, ~records.confidence_N.isfinite()),
-        "nll_N": (records.nll_N, records.nll_N.isnan() | records.nll_N.isneginf()),
+        "confidences": (records.confidence_N, ~records.confidence_N.isfinite()),
+        "NLLs": (records.nll_N, records.nll_N.isnan() | records.nll_N.isneginf()),
     }
     for name, (value_N, bad_N) in bad_by_name.items():
         if bad_N.any():
             n = int(bad_N.nonzero()[0])
             raise ValueError(
-                f"{name} holds {int(bad_N.sum())} illegal values among {len(records)}, the first "
+                f"{int(bad_N.sum())} of {len(records)} {name} are illegal, the first "
                 f"{float(value_N[n])} at sample {n}: check the model for NaN or +inf logits, "
                 "or rows that are -inf throughout"
             )

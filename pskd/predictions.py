@@ -4,22 +4,30 @@ Letters: N samples, C classes.
 """
 
 import hashlib
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from pskd import bootstrap, temperature
 from pskd.data.catalog import smallest_hashes
 from pskd.errors import PskdError
 from pskd.metrics import Accumulator, Records, check_values, measures, per_sample
+from pskd.progress import counted
 
 _BLOCK_ROWS = 4096
+_EXPECTED = (
+    "Name one with the arrays `logits` (N, C), floating-point, and `labels` (N,), integers, as "
+    "numpy.savez writes it."
+)
 
 
 class Predictions(NamedTuple):
@@ -67,20 +75,34 @@ def read(path: Path, flag: str) -> Predictions:
     """
     source = f"{flag} {path}"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            logits_NC, labels_N = arrays["logits"], arrays["labels"]
-        predictions = Predictions(torch.from_numpy(logits_NC), torch.from_numpy(labels_N), source)
+        arrays = np.load(path, allow_pickle=False)
     except OSError as error:
-        raise PskdError(f"{source}: {error.strerror or error}.") from error
-    except (KeyError, IndexError) as error:
-        raise PskdError(
-            f"{source} lacks an array: {error.args[0]}. Write `logits` (N, C) and `labels` (N,), "
-            "as by numpy.savez."
-        ) from error
-    except (ValueError, TypeError, BadZipFile, EOFError) as error:
-        raise PskdError(f"{source}: {error}.") from error
+        raise PskdError(f"{source}: {error.strerror or error}. {_EXPECTED}") from error
+    except (ValueError, EOFError, BadZipFile, UnpicklingError):
+        arrays = None
+    if not isinstance(arrays, NpzFile):  # a .npy file is another array of numpy
+        raise PskdError(f"{source} is no .npz file. {_EXPECTED}")
+    with arrays:
+        logits_NC, labels_N = (_tensor(arrays, name, source) for name in ("logits", "labels"))
+    predictions = Predictions(logits_NC, labels_N, source)
     _check(predictions)
     return predictions
+
+
+def _tensor(arrays: NpzFile, name: str, source: str) -> Tensor:
+    if name not in arrays:
+        raise PskdError(f"{source} lacks `{name}`. {_EXPECTED}")
+    try:
+        values = arrays[name]
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise PskdError(
+            f"{source}: `{name}` is damaged, or of Python objects. {_EXPECTED}"
+        ) from error
+    try:
+        return torch.from_numpy(values)
+    except (TypeError, ValueError) as error:  # text; numbers of another machine's byte order
+        what = {"U": "text", "S": "text"}.get(values.dtype.kind, values.dtype.str)
+        raise PskdError(f"{source}: `{name}` is of {what}. {_EXPECTED}") from error
 
 
 def split(predictions: Predictions, share: float) -> tuple[Predictions, Predictions]:
@@ -93,10 +115,11 @@ def split(predictions: Predictions, share: float) -> tuple[Predictions, Predicti
     count = round(share * n)
     if not 0 < count < n:
         raise PskdError(
-            f"--fit-on {share} of {n} samples leaves none to {'measure' if count else 'fit on'}."
+            f"--fit-on {share} of {counted(n, 'sample')} leaves none to "
+            f"{'measure' if count else 'fit on'}."
         )
     chosen = smallest_hashes("temperature", n, count)
-    fit = predictions.take(chosen)._replace(source=f"{share} of {predictions.source}")
+    fit = predictions.take(chosen)._replace(source=f"{predictions.source} (a share of {share})")
     return fit, predictions.take(np.setdiff1d(np.arange(n), chosen))
 
 
@@ -124,7 +147,9 @@ def figures(
         resamples=resamples,
         raw=raw,
         temperature=found,
-        fitted_on=None if fit is None else f"{len(fit.labels_N)} samples of {fit.source}",
+        fitted_on=None
+        if fit is None
+        else f"{counted(len(fit.labels_N), 'sample')} of {fit.source}",
         scaled=scaled,
     )
 

@@ -65,6 +65,12 @@ def readable_bytes(count: float) -> str:
     return f"{count / 1e3:.0f} kB"
 
 
+def counted(count: int, what: str) -> str:
+    """`1 class`, `2 classes`: for words that form their plural so."""
+    ending = "" if count == 1 else "es" if what.endswith("s") else "s"
+    return f"{count} {what}{ending}"
+
+
 def readable(line: dict[str, Any]) -> str:
     """A line of metrics.jsonl for people."""
     alpha = f"alpha {line['alpha']:.2f}, " if "alpha" in line else ""

@@ -18,6 +18,7 @@ import yaml
 
 from pskd.errors import PskdError
 from pskd.fields import known
+from pskd.files import yaml_defect
 from pskd.methods.sections import METHODS
 
 PUBLISHED_MEASURES = ("top1_error", "top5_error", "nll", "ece", "aurc")
@@ -110,7 +111,7 @@ def _content(reference: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise PskdError(f"{label}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PskdError(f"{label} is not YAML: {error}") from error
+        raise PskdError(f"{label} is not YAML ({yaml_defect(error)}).") from error
     if not isinstance(content, dict):
         raise PskdError(f"{label} must hold sections such as 'train: {{epochs: 10}}'.")
     return content

@@ -35,9 +35,12 @@ import yaml
 
 from pskd.config import Config
 from pskd.errors import PskdError
-from pskd.files import read_run_json, write_atomically
+from pskd.files import read_run_json, write_atomically, written_again, yaml_defect
+from pskd.recipe import PUBLISHED_MEASURES
 
 HEARTBEAT_S = 5.0
+
+_IN_RESULT = ("epoch", *PUBLISHED_MEASURES)
 
 log = logging.getLogger("pskd")
 
@@ -161,7 +164,7 @@ class RunDir:
             saved = dict(yaml.safe_load(path.read_text()))
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise PskdError(
-                f"{path} is damaged ({error}). Restore it, or use another --run.dir."
+                f"{path} is damaged ({yaml_defect(error)}). {_begun_anew(self.path)}"
             ) from error
         defaults = config.defaults()  # of keys that are younger than the run
         now, before = config.values("numerics"), {}
@@ -326,6 +329,30 @@ def read_complete(run: Path, name: str) -> Any:
     return content
 
 
+def read_result(run: Path) -> dict[str, Any]:
+    """result.json of a complete run: the lines of its last and its best epoch, and more.
+
+    Raises:
+        PskdError: there is none, or it is damaged.
+    """
+    result = read_complete(run, "result.json")
+    for name in ("last", "best"):
+        line = result.get(name) if isinstance(result, dict) else None
+        wrong = f"lacks {name}"
+        if isinstance(line, dict):
+            wrong = ", ".join(key for key in _IN_RESULT if not _is_measured(line, key))
+            wrong = f"has no {wrong} in {name}" if wrong else ""
+        if wrong:
+            raise PskdError(f"{run / 'result.json'} {wrong}. {written_again(run)}")
+    return dict(result)
+
+
+def _is_measured(line: Mapping[str, Any], key: str) -> bool:
+    """A number; of fewer than five classes, there is no top-5 error."""
+    value = line.get(key, "")
+    return isinstance(value, int | float) or (value is None and key == "top5_error")
+
+
 def saved_settings(run: Path) -> Sections:
     """The sections of config.yaml.
 
@@ -341,12 +368,22 @@ def saved_settings(run: Path) -> Sections:
             "has made."
         ) from error
     except (yaml.YAMLError, ValueError) as error:
-        raise PskdError(f"{path} cannot be read: {error}. Restore it.") from error
+        raise PskdError(
+            f"{path} cannot be read ({yaml_defect(error)}). {_begun_anew(run)}"
+        ) from error
     whole = isinstance(settings, dict) and isinstance(settings.get("run"), dict)
     if not whole or not all(isinstance(section, dict) for section in settings.values()):
-        raise PskdError(f"{path} holds no sections of a run's configuration. Restore it.")
+        raise PskdError(f"{path} holds no sections of a run's configuration. {_begun_anew(run)}")
     sections: Sections = settings
     return sections
+
+
+def _begun_anew(run: Path) -> str:
+    """The remedy for a damaged config.yaml."""
+    return (
+        f"Restore it from a copy, or remove it and start `train.py --run.dir {run}` with the flags "
+        "that the run began with, as env.json has them: that writes it again."
+    )
 
 
 def _of_the_run(settings: dict[str, Any]) -> dict[str, Any]:

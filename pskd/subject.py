@@ -24,7 +24,14 @@ from pskd.inference import Inference
 from pskd.loading import AnyCatalog
 from pskd.models.probe import check_takes
 from pskd.run_dir import read_complete, read_status, saved_settings
-from pskd.weights import difference, export_path, head_of, read_saved, weights_for
+from pskd.weights import (
+    difference,
+    export_path,
+    head_of,
+    read_saved,
+    read_weights,
+    weights_for,
+)
 
 log = logging.getLogger("pskd")
 
@@ -96,6 +103,7 @@ def settings(source: Source, flags: list[str]) -> Settings:
     _check_exists(source)
     run = source.run
     if run is None and "data.name" not in given:
+        _check_holds_weights(source)
         raise PskdError(
             f"{source}: the data to evaluate it on are not known. Name them as for train.py: "
             f"--data.name NAME [--data.root DIR]; {FOLDER} is a folder of images."
@@ -204,6 +212,12 @@ def _check_exists(source: Source) -> None:
         saved_settings(path)
 
 
+def _check_holds_weights(source: Source) -> None:
+    """Before anything is asked for; read again when all is known."""
+    if source.model is not None or _described_beside(source.path) is None:
+        read_weights(source.path)
+
+
 def _of_run(source: Source, config: Config) -> Subject:
     run = source.path
     best = export_path(run, "best")
@@ -212,12 +226,17 @@ def _of_run(source: Source, config: Config) -> Subject:
         if best.is_file():
             held = f"{best.name} of epoch {read_saved(best)['epoch'] + 1}"
         status = read_status(run)
-        state = (
-            f"{status['state']} in epoch {status['epoch'] + 1} of {status['epochs']}, "
-            if status
-            else ""
-        )
         remedy = " or evaluate --weights best" if best.is_file() else ""
+        if status.get("state") == "complete":
+            raise PskdError(
+                f"{run} is complete, but its result.json is gone, which names the last epoch. "
+                f"`train.py --run.dir {run}` writes it again, without training again what is "
+                f"trained{remedy and ';' + remedy}."
+            )
+        state = ""
+        if status:
+            epoch = min(status["epoch"] + 1, status["epochs"])
+            state = f"{status['state']} in epoch {epoch} of {status['epochs']}, "
         raise PskdError(
             f"{run} is not complete ({state}it has {held}), so there is no last epoch. Finish it "
             f"with `train.py --run.dir {run}`{remedy}."
@@ -238,15 +257,9 @@ def _inference_of(run: Path | None, config: Config) -> Inference:
 
 
 def _of_export(source: Source, config: Config) -> Subject:
-    path, beside = source.path, source.path.with_name(source.path.name + ".json")
-    about = None
-    facts = read_run_json(beside)
+    path, about = source.path, None
+    facts = _described_beside(path)
     if facts is not None:
-        if facts.get("format") != "state-dict":
-            raise PskdError(
-                f"{path} is of format {facts.get('format')}: evaluate one of `pskd export --format "
-                "state-dict`, or the run."
-            )
         about = facts["preprocessing"]
     else:
         facts = read_saved(path)
@@ -254,7 +267,7 @@ def _of_export(source: Source, config: Config) -> Subject:
             about = read_run_json(source.run / "preprocessing.json")
     if "model" not in facts or "num_classes" not in facts:
         raise PskdError(
-            f"{path} does not say which network it holds, and there is no {beside.name} beside it: "
+            f"{path} does not say which network it holds, and no {path.name}.json lies beside: "
             f"--model NAME --weights {path} says it."
         )
     known(facts["model"], models.MODELS, f"{path}: model")
@@ -266,6 +279,17 @@ def _of_export(source: Source, config: Config) -> Subject:
     network.load_state_dict(weights)
     inference = _inference_of(source.run, config)
     return Subject(network.eval(), facts["num_classes"], about, inference)
+
+
+def _described_beside(path: Path) -> dict[str, Any] | None:
+    """What `pskd export` wrote beside the file, if it is one of its state dicts."""
+    facts: dict[str, Any] | None = read_run_json(path.with_name(path.name + ".json"))
+    if facts is not None and facts.get("format") != "state-dict":
+        raise PskdError(
+            f"{path} is of format {facts.get('format')}: evaluate one of `pskd export --format "
+            "state-dict`, or the run."
+        )
+    return facts
 
 
 def _check_names(

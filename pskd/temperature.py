@@ -10,8 +10,10 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from pskd.errors import PskdError
+from pskd.progress import counted
 
 _FIRST, _WIDEST = 1.0, 8.0  # of |log T|
+_UTMOST = 600.0  # of |log T|: as good as infinite, and finite in float64
 _BLOCK_VALUES = 1 << 22  # as of the measures
 
 
@@ -39,13 +41,19 @@ def fit(logits_NC: Tensor, labels_N: Tensor, source: str) -> float:
         return math.exp(brentq(slope, low, high, xtol=1e-12, rtol=1e-14))
     if math.isnan(at_low):
         reason = "the logit of a true class is -inf"
+    elif at_low == at_high == 0:
+        reason = "their logits are the same for all classes"
     elif at_low <= 0:
         reason = "all of them are predicted right, whatever the confidence"
+        if slope(-_UTMOST) > 0:
+            reason = f"the best is below {math.exp(low):.2g}, where the search ends"
     else:
         reason = "equal chances for all classes fit them better than the logits do"
+        if slope(_UTMOST) < 0:
+            reason = f"the best is above {math.exp(high):.4g}, where the search ends"
     raise PskdError(
-        f"no temperature fits the {len(labels_N)} samples of {source}: {reason}. Fit on other or "
-        "more samples, or leave the fit out."
+        f"no temperature fits the {counted(len(labels_N), 'sample')} of {source}: {reason}. Fit on "
+        "other or more samples, or leave the fit out."
     )
 
 

@@ -74,7 +74,8 @@ def read_saved(path: Path) -> dict[str, Any]:
             "not executed: name a file of weights."
         ) from error
     except Exception as error:  # of a foreign file, torch's unpickler raises anything
-        raise PskdError(f"{path} holds no weights that can be read: {error}") from error
+        first = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise PskdError(f"{path} holds no weights that can be read ({first}).") from error
     if not isinstance(content, dict):
         raise PskdError(f"{path} holds no weights: a dict of tensors is expected.")
     return content

@@ -129,6 +129,10 @@ def test_a_class_that_is_ruled_out_does_not_disturb_the_fit():
         ([[2.0, 1.0], [0.0, 3.0]], [0, 1], "all of them are predicted right"),
         ([[2.0, 1.0], [0.0, 3.0]], [1, 0], "equal chances"),
         ([[0.0, -math.inf], [0.0, 1.0]], [1, 0], "-inf"),
+        ([[1.5, 1.5], [0.0, 0.0]], [1, 0], "same for all classes"),
+        # Logits of an odd scale.
+        ([[2e6, 0.0], [0.0, 1e6]], [0, 0], r"above 2981, where the search ends"),
+        ([[2e-6, 0.0], [0.0, 1e-6]], [0, 0], r"below 0.00034, where the search ends"),
     ],
 )
 def test_where_no_temperature_fits_the_reason_is_named(logits, labels, reason):

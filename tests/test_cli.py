@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,15 @@ def test_evaluate_for_people_takes_the_number_of_bins(logits_file, capsys):
     assert f" {ece:.2f} " in row
 
 
+def test_one_sample_of_one_class_is_counted_in_the_singular(tmp_path, capsys):
+    np.savez(tmp_path / "one.npz", logits=np.zeros((1, 1)), labels=np.array([0]))
+    words = ["--logits", str(tmp_path / "one.npz"), "--bins", "1", "--bootstrap", "1"]
+    assert main(["evaluate", *words]) == 0
+    out = capsys.readouterr().out
+    assert "1 sample, 1 class, 1 bin of the ECE." in out
+    assert "of 1 bootstrap resample of" in out
+
+
 @pytest.mark.parametrize(
     ("arrays", "part"),
     [
@@ -43,8 +53,15 @@ def test_evaluate_for_people_takes_the_number_of_bins(logits_file, capsys):
         ({"logits": np.full((2, 3), np.nan), "labels": np.array([0, 1])}, "NaN"),
         (
             {"logits": np.zeros((1, 2)), "labels": np.array([{}], dtype=object)},
-            "allow_pickle=False",
+            "`labels` is damaged, or of Python objects. Name one with",
         ),
+        (
+            {"logits": np.zeros((1, 2)), "labels": np.array(["cat"])},
+            "`labels` is of text. Name one with",
+        ),
+        ({"labels": np.array([0])}, " lacks `logits`. Name one with"),
+        ({"logits": np.zeros((0, 2)), "labels": np.zeros(0, int)}, ": there are no samples: "),
+        ({"logits": np.zeros((1, 2)), "labels": np.zeros(1)}, "the labels are float64: give"),
     ],
 )
 def test_evaluate_names_what_is_wrong_with_the_file(tmp_path, capsys, arrays, part):
@@ -55,11 +72,81 @@ def test_evaluate_names_what_is_wrong_with_the_file(tmp_path, capsys, arrays, pa
     assert captured.out == ""
     assert str(path) in captured.err
     assert part in captured.err
+    assert_one_line(captured.err)
 
 
-def test_evaluate_of_a_missing_file(tmp_path, capsys):
-    assert main(["evaluate", "--logits", str(tmp_path / "none.npz")]) == 1
-    assert "No such file" in capsys.readouterr().err
+def assert_one_line(error):
+    """Of our own words."""
+    assert error.count("\n") == 1
+    assert ".." not in error
+    assert "pickle" not in error
+    assert "numpy.ndarray" not in error
+
+
+def write_text(path):
+    path.write_text("# a heading\n")
+
+
+def write_one_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros((2, 3)))
+
+
+def write_half_an_archive(path):
+    np.savez(path, logits=np.zeros((20, 3)), labels=np.zeros(20, int))
+    path.write_bytes(path.read_bytes()[:300])
+
+
+@pytest.mark.parametrize("flag", ["--logits", "--fit"])
+@pytest.mark.parametrize(
+    ("write", "part"),
+    [
+        (write_text, " is no .npz file. "),
+        (write_one_array, " is no .npz file. "),
+        (write_half_an_archive, " is no .npz file. "),
+        (Path.touch, " is no .npz file. "),
+        (Path.mkdir, ": Is a directory. "),
+        (lambda path: None, ": No such file or directory. "),
+    ],
+)
+def test_what_is_no_file_of_logits_is_refused_with_what_it_should_be(
+    logits_file, tmp_path, capsys, flag, write, part
+):
+    path = tmp_path / "x.npz"
+    write(path)
+    words = [flag, str(path)]
+    if flag == "--fit":
+        words += ["--logits", str(logits_file)]
+    assert main(["evaluate", *words]) == 1
+    error = capsys.readouterr().err
+    assert f"error: {flag} {path}{part}Name one with the arrays `logits`" in error
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "part"),
+    [
+        (["report", "a", "b"], "pskd report ", "unrecognized arguments: b"),
+        (["report", "a", "--bin", "3"], "pskd report ", "unrecognized arguments: --bin 3"),
+        (["evaluate", "a", "--bin", "3"], "pskd evaluate ", "unrecognized arguments: --bin 3"),
+        (["store", "info", "a", "b"], "pskd store info ", "unrecognized arguments: b"),
+        (["export", "a", "--data.name=b"], "pskd export ", "take settings such as --data.name=b"),
+        *(
+            ([command], f"pskd {command} ", "the following arguments are required: ")
+            for command in ("report", "compare", "inspect", "export", "import", "index")
+        ),
+        ([], "pskd ", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_wrong_use_shows_that_of_the_command_and_ends_as_other_refusals(
+    capsys, words, usage, part
+):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: {usage}")
+    assert part in error
 
 
 def measured(top1, epoch, top5=1.5):

@@ -111,7 +111,7 @@ def test_a_network_of_nan_is_refused_on_all_ranks(pool, run, tmp_path):
     content["net"]["linear.bias"][3] = float("nan")
     torch.save(content, tmp_path / "nan.pth")
     message = evaluated(pool, 2, tmp_path / "nan.pth", flags=["--data.name=digits"])
-    assert f"{tmp_path / 'nan.pth'} on digits: logits_NC holds 360 NaN or +inf" in message
+    assert f"{tmp_path / 'nan.pth'} on digits: the logits hold 360 NaN or +inf" in message
 
 
 def test_a_temperature_is_fitted_on_what_the_run_held_out(pool, run, tmp_path):
@@ -142,7 +142,10 @@ def test_a_temperature_is_fitted_on_what_the_run_held_out(pool, run, tmp_path):
         ({"fit_on": "held-out"}, ["are the ones that are measured", "--data.held_out 0"]),
         ({"fit_on": "0.3"}, ["would fit on the samples that the run is judged by", "held-out"]),
         ({"flags": ["--data.pad_to=32"], "bins": 15, "fit": "nowhere.npz"}, ["nowhere.npz: No s"]),
-        ({"output": "nowhere/x.npz"}, ["--output nowhere/x.npz cannot be written"]),
+        (
+            {"output": "nowhere/x.npz"},
+            ["--output nowhere/x.npz cannot be written", "Name another place."],
+        ),
         (
             {"model": "preact_resnet8_w16", "path": "models/checkpoint_2.pth"}
             | {"flags": ["--data.name=fashion-mnist", "--data.root=nowhere"]},
@@ -179,6 +182,11 @@ def test_a_damaged_file_of_a_run_is_named(pool, run, tmp_path, name):
     message = evaluated(pool, 1, damaged)
     assert isinstance(message, str)
     assert message.startswith(f"{damaged / name} ")
+    if name != "ds_config.json":
+        assert message.endswith(
+            f"Remove it: `train.py --run.dir {damaged}` writes it again, without training again "
+            "what is trained."
+        )
 
 
 def test_an_unfinished_run_says_what_it_has(pool, run, tmp_path):
@@ -196,6 +204,12 @@ def test_an_unfinished_run_says_what_it_has(pool, run, tmp_path):
     assert "--weights best" in message
     expected = {name: result(run)["best"][name] for name in MEASURES}
     assert evaluated(pool, 1, unfinished, which="best").raw.measures == expected
+    status.update(state="complete", epoch=2)
+    (unfinished / "status.json").write_text(json.dumps(status))
+    message = evaluated(pool, 1, unfinished)
+    assert message.startswith(f"{unfinished} is complete, but its result.json is gone")
+    assert f"`train.py --run.dir {unfinished}` writes it again" in message
+    assert " of 2" not in message
     (unfinished / "status.json").write_text("")
     assert "is not complete (it has checkpoint_best.pth" in evaluated(pool, 1, unfinished)
     (unfinished / "models" / "checkpoint_best.pth").unlink()
@@ -236,10 +250,12 @@ def test_a_share_of_other_data_is_fitted_on_and_not_measured(pool, folder):
     asked = {"flags": flags_for(folder / "photos"), "model": "resnet18", "fit_on": "0.5"}
     found = evaluated(pool, 1, folder / "two.pth", **asked)
     if isinstance(found, str):  # a network that has learnt nothing may be worse than chance
-        assert "no temperature fits the 13 samples of 0.5 of" in found
+        assert f"no temperature fits the 13 samples of {folder / 'two.pth'} on imagefolder" in found
+        assert "(a share of 0.5): " in found
     else:
         assert found.samples == 13
-        assert found.fitted_on.startswith("13 samples of 0.5 of")
+        assert found.fitted_on.startswith(f"13 samples of {folder / 'two.pth'} on imagefolder")
+        assert found.fitted_on.endswith("(a share of 0.5)")
 
 
 def test_other_classes_and_folders_without_images_are_refused(pool, run, folder, tmp_path):
@@ -326,6 +342,7 @@ def launched(processes, *words):
     ("words", "part"),
     [
         ([], "nothing is named"),
+        (["--weights", "x.pth"], "--weights x.pth lacks --model NAME, the network that it holds."),
         (["{run}", "--logits", "x.npz"], "RUN | FILE.pth and --logits FILE.npz are named"),
         (["--model", "resnet18"], "--model resnet18 needs its weights"),
         (["{run}", "--weights", "x.pth"], "use last or best"),
@@ -341,7 +358,9 @@ def launched(processes, *words):
         (["{run}", "--data.name", "cifra10"], "did you mean 'cifar10'?"),
         (["nowhere"], "nowhere: no such run or file"),
         (["{run}/models"], "is no run directory"),
-        (["--model", "resnet18", "--weights", "{run}/config.yaml"], "--data.name NAME"),
+        (["--model", "resnet18", "--weights", "{run}/evaluation.npz"], "holds no weights"),
+        (["--model", "resnet18", "--weights", "{run}/models/checkpoint_2.pth"], "--data.name NAME"),
+        ([str(ROOT / "README.md")], f"{ROOT / 'README.md'} holds no weights"),
     ],
 )
 def test_a_command_that_cannot_be_meant_is_refused(run, capsys, words, part):

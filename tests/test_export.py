@@ -107,8 +107,15 @@ def test_exports_are_refused_with_the_remedy(run, tmp_path, capsys, monkeypatch)
     blocked = tmp_path / "file"
     blocked.touch()
     assert main(["export", str(run), "--output", str(blocked / "x.pth")]) == 1
-    assert f"{blocked / 'x.pth'} cannot be written" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{blocked / 'x.pth'} cannot be written" in error
+    assert "Name another place with --output." in error
     best = run / "models" / "checkpoint_best.pth"
+    content = best.read_bytes()
+    best.write_bytes(content[:300])
+    assert main(["export", str(run), "--weights", "best"]) == 1
+    assert "Restore it from a copy" in capsys.readouterr().err  # no start writes it again
+    best.write_bytes(content)
     away = best.rename(tmp_path / "away")
     assert main(["export", str(run), "--weights", "best"]) == 1
     away.rename(best)

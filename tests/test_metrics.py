@@ -534,9 +534,9 @@ def test_summarize_passes_the_number_of_bins():
 
 
 def test_no_samples_is_an_error():
-    with pytest.raises(ValueError, match=r"records holds 0 samples: evaluate at least one"):
+    with pytest.raises(ValueError, match=r"there are no samples: evaluate at least one"):
         measures(Accumulator().records(), 10)
-    with pytest.raises(ValueError, match=r"0 samples"):
+    with pytest.raises(ValueError, match=r"there are no samples"):
         summarize(torch.empty(0, 3), torch.empty(0, dtype=torch.int64))
 
 
@@ -549,7 +549,7 @@ def test_num_bins_must_be_positive(num_bins):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_illegal_confidence_is_named(value):
     records = make([0.5, value, 0.4, value], [0, 0, 0, 0])
-    message = rf"confidence_N holds 2 illegal values among 4, the first {value} at sample 1: check"
+    message = rf"^2 of 4 confidences are illegal, the first {value} at sample 1: check"
     with pytest.raises(ValueError, match=message):
         measures(records, 10)
 
@@ -557,7 +557,7 @@ def test_illegal_confidence_is_named(value):
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_illegal_nll_is_named(value):
     records = make([0.5, 0.5, 0.4], [0, 0, 0], [math.inf, 1.0, value])
-    with pytest.raises(ValueError, match=rf"nll_N holds 1 .*the first {value} at sample 2: check"):
+    with pytest.raises(ValueError, match=rf"^1 of 3 NLLs .*the first {value} at sample 2: check"):
         measures(records, 10)
 
 
@@ -565,7 +565,7 @@ def test_illegal_nll_is_named(value):
 def test_streamed_logits_that_have_no_softmax_are_refused_at_the_end(row):
     accumulator = Accumulator()
     accumulator.update(torch.tensor([[0.0, 1.0], row]), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"confidence_N holds 1 .*nan at sample 1"):
+    with pytest.raises(ValueError, match=r"^1 of 2 confidences .*nan at sample 1"):
         measures(accumulator.records(), 2)
 
 
@@ -573,27 +573,27 @@ def test_streamed_logits_that_have_no_softmax_are_refused_at_the_end(row):
 def test_illegal_logit_is_named(value):
     logits = torch.zeros(4, 3)
     logits[2, 1] = logits[3, 0] = value
-    message = rf"logits_NC holds 2 NaN or \+inf, the first {value} at sample 2, class 1: check"
+    message = rf"^the logits hold 2 NaN or \+inf, the first {value} at sample 2, class 1: check"
     with pytest.raises(ValueError, match=message):
         summarize(logits, torch.zeros(4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("label", [-1, 3, 255])
 def test_illegal_label_is_named(label):
-    with pytest.raises(ValueError, match=rf"labels_N holds {label} at sample 1, not in \[0, 3\)"):
+    with pytest.raises(ValueError, match=rf"^the labels hold {label} at sample 1, not in \[0, 3\)"):
         summarize(torch.zeros(3, 3), torch.tensor([0, label, -7]))
 
 
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
-        (torch.zeros(3), torch.zeros(3).long(), r"logits_NC has shape \(3,\): give \(N, C\)"),
-        (torch.zeros(3, 0), torch.zeros(3).long(), r"logits_NC has shape \(3, 0\)"),
-        (torch.zeros(3, 2).long(), torch.zeros(3).long(), r"logits_NC has dtype torch.int64"),
-        (torch.zeros(3, 2), torch.zeros(1).long(), r"labels_N has shape \(1,\) beside 3 rows"),
-        (torch.zeros(3, 2), torch.zeros(3, 2).long(), r"labels_N has shape \(3, 2\) beside 3"),
-        (torch.zeros(3, 2), torch.zeros(3), r"labels_N has dtype torch.float32: give class"),
-        (torch.zeros(3, 2), torch.zeros(3).bool(), r"labels_N has dtype torch.bool"),
+        (torch.zeros(3), torch.zeros(3).long(), r"^the logits have shape \(3,\): give \(N, C\)"),
+        (torch.zeros(3, 0), torch.zeros(3).long(), r"^the logits have shape \(3, 0\)"),
+        (torch.zeros(3, 2).long(), torch.zeros(3).long(), r"^the logits are int64: give fl"),
+        (torch.zeros(3, 2), torch.zeros(1).long(), r"^the labels have shape \(1,\) beside 3 rows"),
+        (torch.zeros(3, 2), torch.zeros(3, 2).long(), r"^the labels have shape \(3, 2\) beside 3"),
+        (torch.zeros(3, 2), torch.zeros(3), r"^the labels are float32: give class"),
+        (torch.zeros(3, 2), torch.zeros(3).bool(), r"^the labels are bool: give class"),
     ],
 )
 def test_wrong_form_is_named_in_both_forms(logits, labels, message):

@@ -265,6 +265,50 @@ def test_of_many_classes_the_worst_are_named(runs, tmp_path):
     assert "8000 samples in 15 bins" in text
 
 
+def test_waits_for_the_store_are_shown_where_they_are_worth_it(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    lines = read(run).lines
+    for wait_s, shown in ((0.009, False), (0.5, True)):
+        waited = [{**line, "train_s": 10.0, "store_wait_s": wait_s} for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in waited))
+        assert main(["report", str(run)]) == 0
+        text = words(parsed(run / "report" / "index.html").text)
+        assert ("waited 1.0 s for the store in all" in text) == shown
+        assert ("for the store" in text) == shown
+
+
+def test_runs_without_predictions_share_one_notice(runs, tmp_path):
+    paths = []
+    for name in ("pskd", "baseline"):
+        paths.append(tmp_path / name)
+        ignored = shutil.ignore_patterns("checkpoints", "store", "evaluation.npz")
+        shutil.copytree(runs / name, paths[-1], ignore=ignored)
+    output = tmp_path / "c.html"
+    assert main(["compare", *map(str, paths), "--html", str(output)]) == 0
+    assert output.read_text().count('class="notice"') == 1
+    text = words(parsed(output).text)
+    assert "of pskd, baseline are left out: they were completed by an older version" in text
+    assert all(f"`train.py --run.dir {path}`" in text for path in paths)
+
+
+def test_settings_that_an_older_run_lacks_differ_only_where_the_other_has_no_default(
+    runs, tmp_path
+):
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    for path in (older, newer):
+        shutil.copytree(runs / "pskd", path, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    settings = yaml.safe_load((older / "config.yaml").read_text())
+    settings["store"]["read"] = "off"
+    (newer / "config.yaml").write_text(yaml.safe_dump(settings))
+    del settings["engine"]["deterministic"], settings["tracking"], settings["store"]["read"]
+    (older / "config.yaml").write_text(yaml.safe_dump(settings))
+    output = tmp_path / "c.html"
+    assert main(["compare", str(older), str(newer), "--html", str(output)]) == 0
+    text = words(parsed(output).text)
+    assert "Where the runs differ: key older newer store.read - off Learning curves" in text
+
+
 def test_an_unfinished_run_is_reported_as_such(runs, tmp_path, capsys):
     run = tmp_path / "run"
     flags = ("--recipe=digits-pskd", "--train.epochs=400", "--run.threads=1")
@@ -314,6 +358,8 @@ def test_a_run_of_an_older_version_says_what_is_left_out_and_how_to_get_it(runs,
     [
         ("metrics.jsonl", "{]"),
         ("result.json", "{"),
+        ("result.json", "[]"),
+        ("result.json", '{"last": {"epoch": 1}}'),
         ("evaluation.npz", "no archive"),
         ("preprocessing.json", ""),
         ("config.yaml", "a: [b"),
@@ -325,11 +371,46 @@ def test_a_damaged_file_is_named(runs, tmp_path, capsys, name, content):
     shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
     (run / name).write_text(content)
     for command in (["report", str(run)], ["compare", str(run), "--html", str(tmp_path / "c")]):
-        assert main(command) == 1 or (name, command[0]) == ("result.json", "report")
+        assert main(command) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"error: {run / name} ")
-        assert error.count("\n") == 1 or "config" in name
-        assert "Remove it: `train.py" in error or "Restore it" in error
+        assert error.count("\n") == 1
+        assert "Remove it: `train.py" in error or "Restore it from a copy, or remove it" in error
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize(
+    ("last", "part"),
+    [
+        ({"nll": ...}, " has no nll in last. Remove it: `train.py"),
+        ({"nll": "low", "epoch": None}, " has no epoch, nll in last. Remove it: `train.py"),
+        (..., " lacks last. Remove it: `train.py"),
+    ],
+)
+def test_what_a_result_lacks_is_named(runs, tmp_path, capsys, command, last, part):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    content = result(run)
+    if last is ...:
+        del content["last"]
+    else:
+        content["last"] = {k: v for k, v in (content["last"] | last).items() if v is not ...}
+    (run / "result.json").write_text(json.dumps(content))
+    assert main([command, str(run)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {run / 'result.json'}{part}")
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [("{]", "line 2 is no JSON"), ('{"epoch": 1, "images_per_s": 2}', "line 2 lacks top1_error")],
+)
+def test_a_bad_line_of_the_metrics_is_named(runs, tmp_path, capsys, line, part):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    (run / "metrics.jsonl").write_text(f"{first}\n{line}\n")
+    assert main(["report", str(run)]) == 1
+    assert f"{run / 'metrics.jsonl'} cannot be read ({part}). " in capsys.readouterr().err
 
 
 def test_an_empty_folder_holds_no_run(tmp_path, capsys):
@@ -350,7 +431,10 @@ def test_what_cannot_be_written_and_bins_of_none(runs, tmp_path, capsys):
     assert main(["compare", run, "--bins", "5"]) == 1
     assert "--bins 5 means nothing without --html" in capsys.readouterr().err
     assert main(["compare", run, f"{run}/../pskd"]) == 1
-    assert "named twice" in capsys.readouterr().err
+    both = f"{run} and {run}/../pskd are one run, which is named twice"
+    assert both in capsys.readouterr().err
+    assert main(["compare", run, run]) == 1
+    assert capsys.readouterr().err == f"error: {run} is named twice: name each run once.\n"
 
 
 def test_without_matplotlib_the_remedy_is_named(runs):

@@ -267,7 +267,7 @@ class TestSmallFiles:
         ("name", "remedy"),
         [
             ("result.json", "Remove it: `train.py --run.dir {run}` writes it again"),
-            ("env.json", "Restore it."),  # it numbers the starts
+            ("env.json", "Restore it from a copy."),  # it numbers the starts
         ],
     )
     @pytest.mark.parametrize("content", [b"", b'{"a"', b"\xff"])

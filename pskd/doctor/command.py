@@ -18,7 +18,6 @@ def add_arguments(doctor: argparse.ArgumentParser) -> None:
         "--doctor, torchrun ... -m pskd.cli doctor ..., or torchrun ... --no-python pskd doctor "
         "...; `deepspeed --module` as well."
     )
-    doctor.allow_abbrev = False
     doctor.add_argument(
         "--master",
         metavar="ADDRESS[:PORT]",

@@ -8,9 +8,10 @@ from typing import Any
 from pskd import recipe
 from pskd.errors import PskdError
 from pskd.files import read_run_json
+from pskd.progress import counted
 from pskd.report.origin import described, published
 from pskd.report.table import PUBLISHED_COLUMNS, Table
-from pskd.run_dir import read_complete, saved_settings
+from pskd.run_dir import read_result, saved_settings
 
 
 def comparison(runs: Sequence[Path]) -> Table:
@@ -52,9 +53,11 @@ def labels(runs: Sequence[Path]) -> list[str]:
         PskdError: a directory is named twice.
     """
     places = [run.resolve() for run in runs]
-    for run, place in zip(runs, places, strict=True):
-        if places.count(place) > 1:
-            raise PskdError(f"{run} is named twice: name each run once.")
+    for k, (run, place) in enumerate(zip(runs, places, strict=True)):
+        first = runs[places.index(place)]
+        if places.index(place) < k:
+            same = f"{first} and {run} are one run, which" if first != run else run
+            raise PskdError(f"{same} is named twice: name each run once.")
     names = [place.name for place in places]
     return [
         str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)
@@ -77,7 +80,7 @@ def _measured_on(run: Path) -> str:
     about = read_run_json(run / "preprocessing.json")
     if about is None:  # of an older version
         return text
-    return f"{text}, {len(about['class_names'])} classes"
+    return f"{text}, {counted(len(about['class_names']), 'class')}"
 
 
 def _row(run: Path, label: str) -> list[str]:
@@ -107,8 +110,7 @@ def _cell(values: list[float | None], published: float | None, digits: int) -> s
 
 def _result(run: Path) -> dict[str, Any]:
     saved_settings(run)  # is it a run at all
-    result: dict[str, Any] = read_complete(run, "result.json")
-    return result
+    return read_result(run)
 
 
 def _recipe(run: Path) -> str:

@@ -1,9 +1,14 @@
 """`pskd compare --html`: runs side by side as a page."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pskd.config import section_types
+from pskd.fields import default_of
+from pskd.methods.sections import METHODS
 from pskd.metrics import Records
+from pskd.progress import counted
 from pskd.report import figures
 from pskd.report.compare import different_data, labels
 from pskd.report.page import Drawing, Part, Section, Text, page
@@ -28,14 +33,15 @@ def compare_page(runs: Sequence[Path], table: Table, output: Path, bins: int | N
     records = {name: run.records for name, run in files.items() if run.records is not None}
     if records:
         sections += _of_predictions(records, bins or max(run.bins for run in files.values()))
-    title = f"{len(runs)} run{'s' if len(runs) > 1 else ''} side by side"
+    title = f"{counted(len(runs), 'run')} side by side"
     write(output, page(title, sections, _lead(runs, files)), "--html")
 
 
 def _lead(runs: Sequence[Path], files: Mapping[str, RunFiles]) -> list[Part]:
     warning = different_data(runs)
     notices = [warning] if warning is not None else []
-    notices += [text for run in files.values() if (text := without_predictions(run)) is not None]
+    without = [run for run in files.values() if run.records is None]
+    notices += [without_predictions(without)] if without else []
     on = {run.data for run in files.values()}
     lead = [Text(f"Measured on {on.pop()}.")] if warning is None else []
     return [*lead, *(Text(notice, notice=True) for notice in notices)]
@@ -53,18 +59,34 @@ def _settings(files: Mapping[str, RunFiles]) -> list[Part]:
         for name, run in files.items()
     }
     keys = dict.fromkeys(key for values in flat.values() for key in values)
-    rows = [[key, *(values.get(key, "-") for values in flat.values())] for key in keys]
-    rows = [row for row in rows if len(set(row[1:])) > 1]
+    defaults = {name: _defaults(run) for name, run in files.items()}
+    rows = [
+        [key, *(values.get(key, "-") for values in flat.values())]
+        for key in keys
+        if len({flat[name].get(key, defaults[name].get(key, "-")) for name in files}) > 1
+    ]
     if not rows:
         return [Text("All runs have the same settings.")]
     return [Text("Where the runs differ:"), Table(["key", *files], rows)]
+
+
+def _defaults(run: RunFiles) -> dict[str, str]:
+    """What holds for keys that are younger than a run, by key; its method has its own."""
+    method = METHODS.get(run.settings.get("method", {}).get("name", ""))
+    if method is None:
+        return {}
+    return {
+        f"{section}.{field.name}": yaml_value(default_of(field))
+        for section, kind in section_types(method)
+        for field in dataclasses.fields(kind)
+    }
 
 
 def _of_predictions(records: Mapping[str, Records], bins: int) -> list[Section]:
     calibration = Drawing(
         figures.svg(figures.reliability(records, bins)),
         "Accuracy by confidence of each run, with the number of samples in each bin.",
-        f"{bins} bins; the dashed line is perfect calibration.",
+        f"{counted(bins, 'bin')}; the dashed line is perfect calibration.",
     )
     risk = Drawing(
         figures.svg(figures.risk_coverage(records)),

@@ -98,6 +98,11 @@ def _check_one_source(arguments: argparse.Namespace) -> None:
         )
         if value is not None
     ]
+    if not named and arguments.weights not in (None, "last", "best"):
+        raise PskdError(
+            f"--weights {arguments.weights} lacks --model NAME, the network that it holds. An "
+            f"export of ours needs neither flag: `pskd evaluate {arguments.weights}`."
+        )
     if len(named) != 1:
         what = f"{' and '.join(named)} are" if named else "nothing is"
         raise PskdError(

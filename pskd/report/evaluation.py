@@ -7,6 +7,7 @@ from typing import Any
 from pskd.bootstrap import SEED
 from pskd.metrics import MEASURES
 from pskd.predictions import Figures, Part
+from pskd.progress import counted
 from pskd.report.table import MEASURE_COLUMNS, markdown
 
 
@@ -27,15 +28,14 @@ def table(figures: Figures) -> str:
         rows.append(row)
     lines = [
         markdown(header, rows),
-        f"{figures.samples} samples, {figures.classes} classes, {figures.bins} bins of the ECE.",
+        f"{counted(figures.samples, 'sample')}, {counted(figures.classes, 'class')}, "
+        f"{counted(figures.bins, 'bin')} of the ECE.",
     ]
     if figures.fitted_on is not None:
         lines.append(f"T minimises the NLL of {figures.fitted_on}.")
     if figures.resamples:
-        lines.append(
-            f"Intervals: the middle 95 % of {figures.resamples} bootstrap resamples of the "
-            f"samples, seed {SEED}."
-        )
+        resamples = counted(figures.resamples, "bootstrap resample")
+        lines.append(f"Intervals: the middle 95 % of {resamples} of the samples, seed {SEED}.")
     return "\n".join(lines)
 
 

@@ -121,10 +121,11 @@ def schedules(lines: Sequence[Line]) -> Figure:
 
 
 def throughput(lines: Sequence[Line]) -> Figure:
-    """Images a second of each epoch, and how long training waited for the store."""
+    """Images a second of each epoch, and how long training waited for the store, if it did."""
     with _style():
         keys = [("images_per_s", "images/s")]
-        keys += [("store_wait_s", "waits for the store, s")] if "store_wait_s" in lines[0] else []
+        if points.waits_for_store(lines) is not None:
+            keys.append(("store_wait_s", "waits for the store, s"))
         figure = _panels(lines, keys)
         for ax in figure.axes:
             ax.set_ylim(bottom=0)

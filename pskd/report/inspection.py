@@ -71,7 +71,9 @@ def write(findings: Findings, output: Path, top: int, page: str) -> None:
         write_atomically(output / "samples.npz", arrays.getbuffer())
         write_atomically(output / "index.html", page.encode())
     except OSError as error:
-        raise PskdError(f"--output {output} cannot be written: {error.strerror}.") from error
+        raise PskdError(
+            f"--output {output} cannot be written: {error.strerror}. Name another place."
+        ) from error
 
 
 def _samples(findings: Findings, ids: IdList) -> list[list[Any]]:

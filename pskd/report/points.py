@@ -3,12 +3,15 @@
 Letters: N samples, C classes, K bins.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pskd.metrics import Records, risk
+
+_WORTH_SAYING = 1e-3  # of the time of training, at least, are waits that are shown
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -71,6 +74,13 @@ def class_errors(records: Records, classes: int) -> tuple[Counts, Counts]:
     wrong_N = records.rank_N.numpy() > 0
     count_C = np.bincount(label_N, minlength=classes)
     return count_C, np.bincount(label_N[wrong_N], minlength=classes)
+
+
+def waits_for_store(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds that training waited for the store in all; None if it is nothing worth saying."""
+    waited_s = sum(line.get("store_wait_s", 0.0) for line in lines)
+    trained_s = sum(line.get("train_s", 0.0) for line in lines)
+    return waited_s if waited_s and waited_s >= _WORTH_SAYING * trained_s else None
 
 
 def thin(*curves_N: NDArray[Any], most: int = 1000) -> list[NDArray[Any]]:

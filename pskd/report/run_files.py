@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from pskd.errors import PskdError
-from pskd.files import read_run_json
+from pskd.files import read_run_json, written_again
 from pskd.metrics import Records
 from pskd.report.origin import described
-from pskd.run_dir import Sections, read_status, saved_settings
+from pskd.run_dir import Sections, read_result, read_status, saved_settings
+
+_IN_LINE = ("epoch", "top1_error", "images_per_s")
 
 Line = Mapping[str, Any]  # of metrics.jsonl
 
@@ -79,19 +81,21 @@ def read(path: Path) -> RunFiles:
         raise PskdError(
             f"{path} has no finished epoch yet: `train.py --run.dir {path}` goes on with it."
         )
-    result = read_run_json(path / "result.json")
+    complete = (path / "result.json").exists()
+    if complete:
+        read_result(path)
     evaluated = [line for line in lines if line["top1_error"] is not None]
     preprocessing = read_run_json(path / "preprocessing.json")
     return RunFiles(
         path=path,
         settings=settings,
         lines=lines,
-        complete=result is not None,
+        complete=complete,
         status=read_status(path),
         best=min(evaluated, key=lambda line: line["top1_error"], default=None),
         starts=read_run_json(path / "env.json") or [],
         class_names=None if preprocessing is None else preprocessing["class_names"],
-        records=_records(path / "evaluation.npz") if result is not None else None,
+        records=_records(path / "evaluation.npz") if complete else None,
     )
 
 
@@ -102,20 +106,26 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         what = getattr(error, "strerror", None) or error
-        raise PskdError(
-            f"{path} cannot be read ({what}). Remove it: `train.py --run.dir {path.parent}` "
-            "writes it again, without training again what is trained."
-        ) from error
+        raise PskdError(f"{path} cannot be read ({what}). {written_again(path.parent)}") from error
 
 
 def _lines(path: Path) -> list[Line]:
     if not path.exists():
         return []
     with _whole(path):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for line in lines:
-            line["epoch"], line["top1_error"]
-    return lines
+        return [_line(n, text) for n, text in enumerate(path.read_text().splitlines(), start=1)]
+
+
+def _line(number: int, text: str) -> Line:
+    """Raises ValueError: names the line."""
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"line {number} is no JSON") from error
+    lacking = [key for key in _IN_LINE if not isinstance(line, dict) or key not in line]
+    if lacking:
+        raise ValueError(f"line {number} lacks {', '.join(lacking)}")
+    return dict(line)
 
 
 def _records(path: Path) -> Records | None:

@@ -13,6 +13,7 @@ from pskd.command_line import resolve
 from pskd.errors import PskdError
 from pskd.files import write_atomically
 from pskd.metrics import Records
+from pskd.progress import counted
 from pskd.report import figures, points
 from pskd.report.origin import published
 from pskd.report.page import Code, Drawing, Part, Section, Text, page
@@ -93,19 +94,20 @@ def write(path: Path, content: str | bytes, flag: str) -> None:
         ) from error
 
 
-def without_predictions(files: RunFiles) -> str | None:
-    """What a run without evaluation.npz has no figures of, and the remedy; None if it has it."""
-    if files.records is not None:
-        return None
-    if not files.complete:
+def without_predictions(runs: Sequence[RunFiles]) -> str:
+    """What runs without evaluation.npz have no figures of, and the remedy."""
+    if not all(files.complete for files in runs):
         return (
             "Reliability, risk and coverage, confidences and the errors of classes are shown of "
             "complete runs only: they come from the last epoch's evaluation."
         )
+    names = ", ".join(files.name for files in runs)
+    they_were = f"{names} was" if len(runs) == 1 else "they were"
+    remedies = ", ".join(f"`train.py --run.dir {files.path}`" for files in runs)
     return (
-        "Reliability, risk and coverage, confidences and the errors of classes are left out, as "
-        f"{files.name} was completed by an older version, without evaluation.npz. "
-        f"`train.py --run.dir {files.path}` writes it, without training again."
+        f"Reliability, risk and coverage, confidences and the errors of classes of {names} are "
+        f"left out: {they_were} completed by an older version, without evaluation.npz. {remedies} "
+        "writes it, without training again."
     )
 
 
@@ -120,9 +122,8 @@ def _lead(files: RunFiles) -> list[Part]:
         text = f"Unfinished: {len(files.lines)} of {planned} epochs. The run is {state}"
         text += f" ({reason})." if reason else "."
         parts.append(Text(f"{text} `train.py --run.dir {files.path}` goes on with it.", True))
-    missing = without_predictions(files)
-    if missing is not None:
-        parts.append(Text(missing, True))
+    if files.records is None:
+        parts.append(Text(without_predictions([files]), True))
     return parts
 
 
@@ -163,7 +164,8 @@ def _of_predictions(files: RunFiles, records: Records, bins: int, drawer: Drawer
         "reliability",
         figures.reliability({files.name: records}, bins),
         "Accuracy by confidence, with the number of samples in each bin.",
-        f"{len(records)} samples in {bins} bins; the dashed line is perfect calibration.",
+        f"{counted(len(records), 'sample')} in {counted(bins, 'bin')}; "
+        "the dashed line is perfect calibration.",
     )
     confidences = Plot(
         "confidences",
@@ -239,11 +241,12 @@ def _throughput(files: RunFiles, drawer: Drawer) -> list[Part]:
         f"Median {median(rates):.0f} images/s, from {min(rates):.0f} to {max(rates):.0f} in "
         "single epochs."
     )
-    waits = [line["store_wait_s"] for line in files.lines if "store_wait_s" in line]
-    if waits:
-        text += f" The rank that waited longest waited {sum(waits):.1f} s for the store in all."
-    drawn = figures.throughput(files.lines)
-    plot = Plot("throughput", drawn, "Images a second, and waits for the store, by epoch.")
+    waited_s = points.waits_for_store(files.lines)
+    alt = "Images a second by epoch."
+    if waited_s is not None:
+        text += f" The rank that waited longest waited {waited_s:.1f} s for the store in all."
+        alt = "Images a second, and waits for the store, by epoch."
+    plot = Plot("throughput", figures.throughput(files.lines), alt)
     return [drawer(plot), Text(text)]
 
 
@@ -307,5 +310,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def yaml_value(value: Any) -> str:
-    """As in the YAML file."""
+    """As in the YAML file, but texts without quotes."""
+    if isinstance(value, str):
+        return value
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()

@@ -389,7 +389,7 @@ def load() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--images", type=int, default=320, help="a multiple of --batch and of 10")
     parser.add_argument("--dir", type=Path, help="where the images are made, if they are not there")
     parser.add_argument("--batch", type=int, default=64)

@@ -58,7 +58,7 @@ def error(probs_BC: Tensor, name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--generation", type=Path, help="a finished generation of a run")
     generation = parser.parse_args().generation
     sources = {f"H = {h} nats": made(h) for h in (6.0, 3.0, 1.0)}

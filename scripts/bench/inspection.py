@@ -52,7 +52,7 @@ def anonymous_mb() -> float:
 
 def main() -> None:
     """Print a table, the ratio to the bound, and the memory."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)

@@ -89,7 +89,7 @@ def main() -> None:
     if "--inside" in sys.argv:
         train(Path(sys.argv[2]), sys.argv[4:])
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--samples", type=int, default=1_281_167)
     parser.add_argument("--classes", type=int, default=1_000)
     parser.add_argument("--dir", type=Path, help="where to write (default: /tmp)")

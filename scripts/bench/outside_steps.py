@@ -197,7 +197,7 @@ def main() -> None:
     if "--inside" in sys.argv:
         first_step(Path(sys.argv[2]), sys.argv[4:])
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

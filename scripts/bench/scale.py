@@ -144,7 +144,7 @@ def of_ranks(data: Data, encoding: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dir", type=Path, help="where to write (default: /tmp)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

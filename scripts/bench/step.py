@@ -294,7 +294,7 @@ def connect(mbit: int) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--methods", nargs="*", default=["baseline", "pskd"], choices=METHODS)
     parser.add_argument("--classes", nargs="*", type=int, default=[10, 1000])
     parser.add_argument("--processes", nargs="*", type=int, default=[1, 2])

@@ -443,7 +443,7 @@ def compare_machinery(n: int, place: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--full", action="store_true", help="1,281,167 samples, more blocks")
     parser.add_argument("--dir", type=Path, help="where to write (default: /tmp)")
     parser.add_argument("--step-ms", type=float, default=20.0, help="compute between steps")
