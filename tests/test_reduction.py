@@ -84,17 +84,18 @@ def after_the_pass(tmp_path):
     return of
 
 
-@pytest.mark.parametrize("bucket", [1, 4096, 1 << 20])
 @pytest.mark.parametrize(
-    ("precision", "accumulation", "flags"),
+    ("precision", "bucket", "accumulation", "flags"),
     [
-        ("fp32", 1, ()),
-        ("fp32", 2, ("--optimizer.clip_norm=0.05",)),
-        ("fp32", 1, ("--engine.channels_last=true", "--optimizer.implementation=foreach")),
-        ("bf16", 1, ()),
-        ("fp16", 1, ()),
+        ("fp32", 1, 1, ()),
+        ("fp32", 4096, 1, ()),
+        ("fp32", 1 << 20, 1, ()),
+        ("fp32", 4096, 2, ("--optimizer.clip_norm=0.05",)),
+        ("fp32", 4096, 1, ("--engine.channels_last=true", "--optimizer.implementation=foreach")),
+        ("bf16", 4096, 1, ()),
+        ("fp16", 4096, 1, ()),
     ],
-    ids=["fp32", "accumulated-clipped", "channels_last", "bf16", "fp16"],
+    ids=["alone", "some", "one", "accumulated-clipped", "channels_last", "bf16", "fp16"],
 )
 def test_two_ranks_train_the_bits_of_deepspeeds_own_reduction(
     pool, after_the_pass, precision, accumulation, flags, bucket
