@@ -138,7 +138,7 @@ def test_a_run_of_another_configuration(tmp_path):
     [
         (["--train.epochs=0"], "train.epochs is 0"),
         (["--train.epoch=5"], "Did you mean 'train.epochs'?"),
-        (["--timeout=0"], "--timeout 0: use 1"),
+        (["--timeout=0"], "--timeout is 0: use 1"),
         (["--master=:1"], "--master :1: use ADDRESS"),
     ],
 )
