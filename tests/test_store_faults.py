@@ -387,14 +387,14 @@ class TestPowerCut:
         """The disk after each cut is that of the next start."""
         seed = random.randrange(2**32)
         rng = random.Random(seed)
-        images = [tmp_path / f"disk-{k}.img" for k in (0, 1)]
-        with images[0].open("wb") as file:
+        image = tmp_path / "disk-0.img"
+        with image.open("wb") as file:
             file.truncate(16 << 20)
-        subprocess.run(["mkfs.ext4", "-q", "-F", images[0]], check=True)
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
         notes, mountpoint, commits = tmp_path / "notes", tmp_path / "mnt", 0
         notes.touch()
         for start in range(times):
-            with disk(images[0], mountpoint):
+            with disk(image, mountpoint):
                 before = last_note(notes)
                 process = launch(mountpoint / "run", notes, start, epochs=10**6, pace_s=0.001)
                 try:
@@ -404,13 +404,16 @@ class TestPowerCut:
                     time.sleep(0.5 * rng.random())
                     os.kill(process.pid, signal.SIGSTOP)
                     wait_until_stopped(process)
-                    shutil.copyfile(images[0], images[1])  # what had reached the disk, no more
+                    # What had reached the disk, no more: in a new file, as a file system that is
+                    # still busy when it is unmounted writes to the old one later.
+                    copy = tmp_path / f"disk-{start + 1}.img"
+                    shutil.copyfile(image, copy)
                     commits = len(notes.read_text().splitlines())
                 finally:
                     process.kill()
                     process.join()
-            images.reverse()
-            with disk(images[0], mountpoint):
+            image = copy
+            with disk(image, mountpoint):
                 checking = processes.Process(
                     target=check_after_power_cut, args=(mountpoint / "run", notes)
                 )
