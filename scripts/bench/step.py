@@ -102,9 +102,10 @@ class Ours:
     def finish(self) -> None:
         """What belongs to an epoch's end, but not to a step: the past predictions are closed."""
         if self._trainer.store is not None:
-            state = self._trainer.store
-            state.commit()
-            state.retain([state.state_dict()])
+            store = self._trainer.store
+            store.commit()
+            if self._trainer.world.rank == 0:
+                store.retain([store.state_dict()])
 
 
 @dataclass
