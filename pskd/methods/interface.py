@@ -3,6 +3,7 @@
 Letters: B samples, C classes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -95,19 +96,21 @@ class Method(Protocol):
         ...
 
 
-class MethodBase:
+class MethodBase(ABC):
     """Defaults: no store, no peers, nothing to save."""
 
     needs_store = False
     needs_peers = False
     keeps_network = False
 
-    def __init__(self, section: MethodSection, network: Network | None = None) -> None:
+    def __init__(  # noqa: B027 (a default)
+        self, section: MethodSection, network: Network | None = None
+    ) -> None:
         """section: its options. network: for what the forward pass does not give."""
 
+    @abstractmethod
     def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:
-        """Each method has its own."""
-        raise NotImplementedError
+        """The losses of one micro-batch: each method has its own."""
 
     def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
         """The loss is the same in every epoch."""
@@ -117,5 +120,5 @@ class MethodBase:
         """Nothing."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (a default)
         """Nothing."""

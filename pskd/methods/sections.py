@@ -1,5 +1,6 @@
 """The configuration section of each method. Imports no torch, so that `--help` is fast."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,22 +8,22 @@ from pskd.fields import numerics, require
 
 
 @dataclass(frozen=True)
-class MethodSection:
+class MethodSection(ABC):
     """What any method's section has beside its options; a method is said here and nowhere else."""
 
     name: str = numerics("", "the training method")
 
     @property
+    @abstractmethod
     def code(self) -> tuple[str, str]:
         """Module and class of the method: imported when a run needs it."""
-        raise NotImplementedError
 
     @property
     def keeps_predictions(self) -> bool:
         """Whether the method reads past predictions and returns those to remember."""
         return False
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 (a default)
         """Refuse options that make no sense."""
 
 

@@ -36,7 +36,7 @@ from pskd.data.batch import Batch
 from pskd.methods.interface import Past
 from pskd.methods.pskd import PSKD
 from pskd.methods.sections import PSKDSection
-from pskd.store.generation import Generation, open_generation
+from pskd.store.generation import open_generation
 from pskd.store.peers import Alone
 from pskd.store.store import Store, StoreOptions
 
@@ -267,36 +267,6 @@ def steps(
     ]
 
 
-def gather_by_segments(place: Path, n: int = 20_000) -> str:
-    """CPU of finding the rows of a step among the segments of so many ranks; warm."""
-    rows = [["segments", "CPU ms to gather 256 rows"]]
-    order_N = np.random.default_rng(0).permutation(n)
-    probs_BC = predictions()
-    for size in (1, 8, 64, 256):
-        directory, entries = place / f"of-{size}", []
-        for rank in range(size):
-            store = make_store(directory, n, "float16", Ranks(rank, size))
-            part_N = order_N[rank::size]
-            for start in range(0, len(part_N), BATCH):
-                ids_B = part_N[start : start + BATCH]
-                store.remember(ids_B, probs_BC[: len(ids_B)])
-            store._appender.flush()
-            entries.append(store._segment().entry)
-            store.close()
-        generation = Generation(directory, n, CLASSES, entries)
-        wanted = np.random.default_rng(1).permutation(n)[: n // BATCH * BATCH].reshape(-1, BATCH)
-        out_BR = np.empty((BATCH, generation.row_bytes), np.uint8)
-        present_B = np.empty(BATCH, np.bool_)
-        taken = []
-        for _ in range(4):
-            started = time.thread_time()
-            for ids_B in wanted:
-                generation.gather(ids_B, out_BR, present_B)
-            taken.append(1e3 * (time.thread_time() - started) / len(wanted))
-        rows.append([str(size), f"{np.median(taken[1:]):.2f}"])
-    return table(rows)
-
-
 class Published:
     """The published way, from its description."""
 
@@ -491,7 +461,6 @@ def main() -> None:
             shutil.rmtree(directory)
         print(table(figures), end="\n\n")
         print(table(rows), end="\n\n")
-        print(gather_by_segments(place), end="\n\n")
         print(compare_machinery(min(n, 200_000), place))
 
 
