@@ -91,7 +91,7 @@ def join(place: launch.Launch, device: torch.device, timeout_s: int, limit: str)
     """As `start`, on a device that was chosen. limit: what the timeout is called in messages."""
     _quieten()
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     launch.choose_interface()
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -160,7 +160,7 @@ def stop(world: World) -> None:
     dist.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Gradients and activations are freed and allocated again in each step. glibc would give their
     memory back to the system in between, and the step would wait for it to be cleared, page by
     page: 1.5 % of a ResNet-18's.

@@ -44,6 +44,7 @@ from torch.utils.dlpack import from_dlpack
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from pskd import world
 from pskd.data import colour, folder, index
 from pskd.data.dali import DaliData
 from pskd.data.graph import ImageOptions
@@ -342,6 +343,7 @@ def build_real(images: Path, place: Path, copies: int) -> list[Row]:
 def memory(images: Path, batch: int, threads: int, epochs: int) -> list[float]:
     """In a fresh process: resident MB after each epoch of training and a validation."""
     torch.set_num_threads(1)
+    world.keep_freed_memory()  # as the trainer does on a CPU
     catalog = catalog_of(index.build(images), validation=batch)
     data = DaliData(catalog, CPU, 0, options("standard", threads))
     plan = Plan(n=len(catalog.train), global_batch=batch)
