@@ -4,26 +4,24 @@ On any number of ranks: the batches are those that the run itself evaluated in, 
 no figure depends on how many ranks share them.
 """
 
-import io
+import dataclasses
 import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pskd import launch, world
 from pskd.config import Config
-from pskd.data.sections import DataSection
+from pskd.data.sections import described
 from pskd.errors import PskdError
 from pskd.failure import is_lost_peer, is_out_of_memory
-from pskd.files import write_atomically
 from pskd.inference import choose_kernels
 from pskd.loading import AnyCatalog, loader
 from pskd.loading import read as read_samples
 from pskd.order import validation_ranges
-from pskd.predictions import Figures, Predictions, figures, read, split
+from pskd.predictions import Figures, Predictions, figures, read, split, write
 from pskd.subject import (
     Settings,
     Source,
@@ -171,7 +169,7 @@ def on_ranks(request: Request, source: Source, given: Settings, here: World) -> 
             if request.fit is not None:
                 fit = read(request.fit, "--fit")
             if request.output is not None:
-                _write(request.output, predictions)
+                write(request.output, predictions)
             bins = request.bins or config.evaluation.ece_bins
             found = figures(predictions, fit, bins=bins, resamples=request.resamples)
     return found
@@ -198,11 +196,12 @@ def _predict(
     parts = here.collect((logits, labels))
     if here.rank > 0:
         return None
-    what = _described(config.data)
+    what = described(dataclasses.asdict(config.data))
     return Predictions(
         torch.cat([batch for batches, _ in parts for batch in batches]),
         torch.cat([batch for _, batches in parts for batch in batches]),
         f"{source} on {what}",
+        catalog.validation.digests(),
     )
 
 
@@ -212,23 +211,3 @@ def _own_ranges(catalog: AnyCatalog, config: Config, here: World, shares: int) -
     ranges = [part for rank in range(shares) for part in validation_ranges(n, rank, shares, size)]
     low, high = (k * len(ranges) // here.size for k in (here.rank, here.rank + 1))
     return ranges[low:high]
-
-
-def _described(section: DataSection) -> str:
-    held_out = f", {section.held_out} held out" if section.held_out else ""
-    return f"{section.name}{'' if section.root is None else f' {section.root}'}{held_out}"
-
-
-def _write(path: Path, predictions: Predictions) -> None:
-    content = io.BytesIO()
-    np.savez(
-        content,
-        logits=predictions.logits_NC.float().numpy(),
-        labels=predictions.labels_N.to(torch.int32).numpy(),
-    )
-    try:
-        write_atomically(path, content.getbuffer())
-    except OSError as error:
-        raise PskdError(
-            f"--output {path} cannot be written: {error.strerror}. Name another place."
-        ) from error

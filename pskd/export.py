@@ -1,7 +1,8 @@
 """Trained networks for other programs, and public checkpoints for ours: `pskd export | import`.
 
 Beside an export lies `<file>.json`: the network's name, the classes and preprocessing
-(`data/preprocessing.py`), the measures of its epoch, the hash of its weights.
+(`data/preprocessing.py`), the data that it was trained and measured on (config.yaml's section), the
+measures of its epoch, the hash of its weights.
 """
 
 import importlib.util
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from pskd import models
 from pskd.errors import PskdError
 from pskd.fields import known
-from pskd.files import write_atomically, written_again
-from pskd.run_dir import read_complete, read_result
+from pskd.files import rewritten, write_atomically, written_again
+from pskd.run_dir import read_complete, read_preprocessing, read_result, saved_settings
 from pskd.weights import (
     difference,
     export_path,
@@ -49,7 +50,8 @@ def export(
     """
     if kind == "onnx":
         _need(_ONNX_PACKAGES)
-    facts, preprocessing = facts_of(run, which), read_complete(run, "preprocessing.json")
+    facts = facts_of(run, which)
+    preprocessing = read_preprocessing(run) or read_complete(run, "preprocessing.json")
     model = models.build(facts["model"], facts["num_classes"])
     model.load_state_dict(facts.pop("net"))
     model.eval()
@@ -61,6 +63,7 @@ def export(
         **facts,
         "weights_sha256": weights_sha256(model),
         "preprocessing": preprocessing,
+        "data": saved_settings(run).get("data"),
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,13 +116,13 @@ def facts_of(run: Path, which: str) -> dict[str, Any]:
     """
     last = read_result(run)["last"]
     file = export_path(run, "best" if which == "best" else last["epoch"])
+    kept = "Restore it from a copy, or take the last epoch: --weights last."
     if not file.exists():
-        raise PskdError(f"{file}: no such file. Train the run to its end, or add it.")
+        raise PskdError(f"{file}: no such file. {kept if which == 'best' else rewritten(run)}")
     try:
         return read_saved(file)
     except PskdError as error:
-        remedy = "Restore it from a copy, or take the last epoch: --weights last."
-        raise PskdError(f"{error} {remedy if which == 'best' else written_again(run)}") from error
+        raise PskdError(f"{error} {kept if which == 'best' else written_again(run)}") from error
 
 
 def _content(model: nn.Module, kind: Format, height: int, width: int) -> bytes:

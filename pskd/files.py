@@ -57,10 +57,12 @@ def read_run_json(path: Path) -> Any:
 
 def written_again(run: Path) -> str:
     """The remedy for a damaged file of a run which the next start writes anew."""
-    return (
-        f"Remove it: `train.py --run.dir {run}` writes it again, without training again what is "
-        "trained."
-    )
+    return f"Remove it: {rewritten(run)}"
+
+
+def rewritten(run: Path) -> str:
+    """The remedy if such a file is missing."""
+    return f"`train.py --run.dir {run}` writes it again, without training again what is trained."
 
 
 def yaml_defect(error: Exception) -> str:

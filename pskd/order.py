@@ -169,6 +169,11 @@ class Walk:
             step = 0
 
 
+def where(epoch: int, step: int) -> str:
+    """A step in words, counted from 1, as what the console says is."""
+    return f"epoch {epoch + 1}, step {step + 1}"
+
+
 def _admissible(sizes: set[int], world: int, accumulation: int) -> bool:
     return all(_smallest_micro_batch(s, world, accumulation) >= MIN_MICRO_BATCH for s in sizes)
 

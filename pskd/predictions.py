@@ -4,6 +4,7 @@ Letters: N samples, C classes.
 """
 
 import hashlib
+import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,12 @@ from torch import Tensor
 from pskd import bootstrap, temperature
 from pskd.data.catalog import smallest_hashes
 from pskd.errors import PskdError
+from pskd.files import write_atomically
 from pskd.metrics import Accumulator, Records, check_values, measures, per_sample
 from pskd.progress import counted
 
 _BLOCK_ROWS = 4096
+_TELLING = 20  # labels, at least, to know samples by
 _EXPECTED = (
     "Name one with the arrays `logits` (N, C), floating-point, and `labels` (N,), integers, as "
     "numpy.savez writes it."
@@ -31,16 +34,22 @@ _EXPECTED = (
 
 
 class Predictions(NamedTuple):
-    """logits_NC: floating. labels_N: integers. source: what messages call them."""
+    """logits_NC: floating. labels_N: integers. source: what messages call them.
+
+    digests_N: by which samples are known again (see `data/catalog.py`); None in a file that another
+    program wrote.
+    """
 
     logits_NC: Tensor
     labels_N: Tensor
     source: str
+    digests_N: npt.NDArray[np.uint64] | None = None
 
     def take(self, rows_N: npt.NDArray[Any]) -> "Predictions":
         """Some samples, in the order given."""
         rows = torch.from_numpy(rows_N)
-        return Predictions(self.logits_NC[rows], self.labels_N[rows], self.source)
+        digests_N = None if self.digests_N is None else self.digests_N[rows_N]
+        return Predictions(self.logits_NC[rows], self.labels_N[rows], self.source, digests_N)
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Figures:
-    """fitted_on: what the temperature was fitted on, if it was; then `scaled` is at that one."""
+    """source: what was evaluated, in words.
 
+    fitted_on: what the temperature was fitted on, if it was; then `scaled` is at that one.
+    """
+
+    source: str
     samples: int
     classes: int
     bins: int
@@ -67,6 +80,8 @@ class Figures:
 
 def read(path: Path, flag: str) -> Predictions:
     """`logits` (N, C) and `labels` (N,) of an .npz file of any framework, values checked.
+
+    Also `samples` (N,), of a file that `write` wrote.
 
     flag: which named it.
 
@@ -84,9 +99,34 @@ def read(path: Path, flag: str) -> Predictions:
         raise PskdError(f"{source} is no .npz file. {_EXPECTED}")
     with arrays:
         logits_NC, labels_N = (_tensor(arrays, name, source) for name in ("logits", "labels"))
-    predictions = Predictions(logits_NC, labels_N, source)
+        digests_N = None
+        if "samples" in arrays:
+            digests_N = _tensor(arrays, "samples", source).numpy()
+    predictions = Predictions(logits_NC, labels_N, source, digests_N)
     _check(predictions)
     return predictions
+
+
+def write(path: Path, predictions: Predictions) -> None:
+    """An .npz file of `logits` (float32), `labels` (int32) and, if known, `samples` (uint64).
+
+    Raises:
+        PskdError: it cannot be written.
+    """
+    content = io.BytesIO()
+    arrays: dict[str, Any] = {
+        "logits": predictions.logits_NC.float().numpy(),
+        "labels": predictions.labels_N.to(torch.int32).numpy(),
+    }
+    if predictions.digests_N is not None:
+        arrays["samples"] = predictions.digests_N
+    np.savez(content, **arrays)
+    try:
+        write_atomically(path, content.getbuffer())
+    except OSError as error:
+        raise PskdError(
+            f"--output {path} cannot be written: {error.strerror}. Name another place."
+        ) from error
 
 
 def _tensor(arrays: NpzFile, name: str, source: str) -> Tensor:
@@ -141,6 +181,7 @@ def figures(
         found = temperature.fit(fit.logits_NC, fit.labels_N, fit.source)
         scaled = _part(predictions, found, bins, resamples)
     return Figures(
+        source=predictions.source,
         samples=len(predictions.labels_N),
         classes=classes,
         bins=bins,
@@ -194,13 +235,32 @@ def _check_others(predictions: Predictions, fit: Predictions) -> None:
             f"{fit.source} has {fit.logits_NC.shape[1]} classes, {predictions.source} has "
             f"{predictions.logits_NC.shape[1]}: fit on predictions of the same network."
         )
-    measured, fitted = _rows(predictions), _rows(fit)
-    common = len(measured & fitted)
-    if 2 * common >= min(len(measured), len(fitted)):  # a few may be twins
+    n = min(len(predictions.labels_N), len(fit.labels_N))
+    if predictions.digests_N is not None and fit.digests_N is not None:
+        common = len(np.intersect1d(predictions.digests_N, fit.digests_N))
+    else:
+        measured, fitted = _rows(predictions), _rows(fit)
+        common, n = len(measured & fitted), min(len(measured), len(fitted))
+        if _same_order(predictions.labels_N, fit.labels_N):
+            common = n
+    if 2 * common >= n:  # a few may be twins
         raise PskdError(
             f"{fit.source}: {common} of its samples are among those that are measured, "
             f"{predictions.source}. A temperature is fitted on other samples: name held-out ones."
         )
+
+
+def _same_order(labels_N: Tensor, others_N: Tensor) -> bool:
+    """Whether the same labels follow each other as only those of the same samples do.
+
+    Sorted labels may be those of two splits with as many samples of each class.
+    """
+    changes = int((labels_N.diff() != 0).sum())
+    return (
+        torch.equal(labels_N.long(), others_N.long())
+        and len(labels_N) >= _TELLING
+        and changes >= 2 * len(np.unique(labels_N.numpy()))
+    )
 
 
 def _rows(predictions: Predictions) -> set[bytes]:

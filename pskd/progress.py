@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 LINE_EVERY_S = 30.0
 
+_MOST_LISTED = 10
+
 log = logging.getLogger("pskd")
 
 
@@ -69,6 +71,12 @@ def counted(count: int, what: str) -> str:
     """`1 class`, `2 classes`: for words that form their plural so."""
     ending = "" if count == 1 else "es" if what.endswith("s") else "s"
     return f"{count} {what}{ending}"
+
+
+def listed(samples: list[int]) -> str:
+    """As a list is written; of many the first ones."""
+    more = len(samples) - _MOST_LISTED
+    return f"{samples[:_MOST_LISTED]}{f' and {more} more' if more > 0 else ''}"
 
 
 def readable(line: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import fcntl
 import io
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -35,11 +36,13 @@ import yaml
 
 from pskd.config import Config
 from pskd.errors import PskdError
-from pskd.files import read_run_json, write_atomically, written_again, yaml_defect
+from pskd.files import read_run_json, rewritten, write_atomically, written_again, yaml_defect
 from pskd.recipe import PUBLISHED_MEASURES
 
 HEARTBEAT_S = 5.0
 
+_IN_PREPROCESSING = ("class_names", "height", "width", "mean", "std")
+_FORGET_STARTS = "Restore it from a copy; without it, the next start begins the list anew."
 _IN_RESULT = ("epoch", *PUBLISHED_MEASURES)
 
 log = logging.getLogger("pskd")
@@ -220,7 +223,7 @@ class RunDir:
         facts: decide whether weights can be equal to the bit (design: same software, CPU
         instruction set, threads and world). origin: the other run that this one begins from.
         """
-        starts: list[dict[str, Any]] = self.read_json("env.json") or []
+        starts = read_starts(self.path)
         changed = changes(starts[-1]["facts"], facts) if starts else []
         name = starts[0]["run"] if starts else secrets.token_hex(8)
         entry = {
@@ -314,6 +317,20 @@ def fail(path: Path, start: int, reason: str) -> str | None:
         return None
 
 
+def standing(run: Path) -> tuple[str, str]:
+    """(how far a run is that has not ended well, how to finish it), in words."""
+    status, resume = read_status(run), f"`train.py --run.dir {run}` resumes it."
+    if "epochs" not in status:
+        return "of unknown state", resume
+    state, epochs = status["state"], status["epochs"]
+    text = f"{state} in epoch {min(status['epoch'] + 1, epochs)} of {epochs}"
+    if state == "running":
+        text += f", last heartbeat {time.time() - status['heartbeat']:.0f} s ago"
+        return text, f"Wait for its end; or if it was killed, {resume}"
+    reason = status.get("reason")
+    return (f"{text}: {str(reason).rstrip('.')}" if reason else text), resume
+
+
 def read_complete(run: Path, name: str) -> Any:
     """The content of a JSON file that every complete run has.
 
@@ -322,10 +339,11 @@ def read_complete(run: Path, name: str) -> Any:
     """
     content = read_run_json(run / name)
     if content is None:
-        raise PskdError(
-            f"{run} holds no complete run (it has no {name}). "
-            f"`train.py --run.dir {run}` resumes it."
-        )
+        saved_settings(run)  # is it a run at all
+        if read_status(run).get("state") == "complete":
+            raise PskdError(f"{run} is complete, but its {name} is gone. {rewritten(run)}")
+        state, remedy = standing(run)
+        raise PskdError(f"{run} is not complete ({state}; it has no {name} yet). {remedy}")
     return content
 
 
@@ -347,10 +365,46 @@ def read_result(run: Path) -> dict[str, Any]:
     return dict(result)
 
 
+def read_preprocessing(run: Path) -> dict[str, Any] | None:
+    """preprocessing.json (see `data/preprocessing.py`), or None: of an older version.
+
+    Raises:
+        PskdError: it is damaged.
+    """
+    about = read_run_json(run / "preprocessing.json")
+    if about is None:
+        return None
+    lacking = [key for key in _IN_PREPROCESSING if not isinstance(about, dict) or key not in about]
+    if lacking:
+        path = run / "preprocessing.json"
+        raise PskdError(f"{path} lacks {', '.join(lacking)}. {written_again(run)}")
+    return dict(about)
+
+
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """The starts of env.json; none if it is not there.
+
+    Raises:
+        PskdError: it is damaged.
+    """
+    starts: list[dict[str, Any]] | None = read_run_json(run / "env.json")
+    if starts is None:
+        return []
+    whole = isinstance(starts, list) and all(
+        isinstance(start, dict) and isinstance(start.get("facts"), dict) for start in starts
+    )
+    if not whole or not starts:
+        path = run / "env.json"
+        raise PskdError(f"{path} holds no starts of a run. {_FORGET_STARTS}")
+    return starts
+
+
 def _is_measured(line: Mapping[str, Any], key: str) -> bool:
     """A number; of fewer than five classes, there is no top-5 error."""
     value = line.get(key, "")
-    return isinstance(value, int | float) or (value is None and key == "top5_error")
+    if isinstance(value, int | float):
+        return not math.isnan(value)
+    return value is None and key == "top5_error"
 
 
 def saved_settings(run: Path) -> Sections:

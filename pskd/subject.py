@@ -23,8 +23,16 @@ from pskd.files import read_run_json
 from pskd.inference import Inference
 from pskd.loading import AnyCatalog
 from pskd.models.probe import check_takes
-from pskd.run_dir import read_complete, read_status, saved_settings
+from pskd.run_dir import (
+    read_complete,
+    read_preprocessing,
+    read_starts,
+    read_status,
+    saved_settings,
+    standing,
+)
 from pskd.weights import (
+    check_written,
     difference,
     export_path,
     head_of,
@@ -101,26 +109,26 @@ def settings(source: Source, flags: list[str]) -> Settings:
                 f"--{key}: `pskd evaluate` does not read it, only data.* and {', '.join(_READ)}."
             )
     _check_exists(source)
-    run = source.run
-    if run is None and "data.name" not in given:
+    saved = _saved(source)
+    own_data = dict(saved.get("data", {}))
+    if not own_data and "data.name" not in given:
         _check_holds_weights(source)
         raise PskdError(
             f"{source}: the data to evaluate it on are not known. Name them as for train.py: "
             f"--data.name NAME [--data.root DIR]; {FOLDER} is a folder of images."
         )
-    saved = {} if run is None else dict(saved_settings(run))
-    own_data = dict(saved.get("data", {}))
-    own = run is not None and all(
+    named = f"{source.run}/config.yaml" if source.run is not None else f"{source.path}.json"
+    own = bool(own_data) and all(
         given.get(f"data.{key}", own_data.get(key)) == own_data.get(key) for key in ("name", "root")
     )
     held_out = None
     if own_data.get("held_out"):
-        held_out = command_line.over(f"{run}/config.yaml", saved, []).data
+        held_out = command_line.over(named, saved, []).data
     if not own:
         same_kind = given.get("data.name", own_data.get("name")) == own_data.get("name")
         kept = {k: v for k, v in own_data.items() if k not in _FOR_TRAINING_DATA}
         saved = {**saved, "data": kept if same_kind else {}}
-    config = command_line.over(f"{run}/config.yaml", saved, flags)
+    config = command_line.over(named, saved, flags)
     for name in ("run", "data", "evaluation"):
         getattr(config, name).check()
     sized = bool({"data.image_size", "data.pad_to"} & set(given))
@@ -145,8 +153,8 @@ def subject(source: Source, given: Settings) -> Subject:
 def place_of(source: Source) -> tuple[int, int]:
     """(ranks, threads a rank) that the run was evaluated by; (1, 0: automatic) without a run."""
     run = source.run
-    starts = None if run is None else read_run_json(run / "env.json")
-    if starts is None:
+    starts = [] if run is None else read_starts(run)
+    if not starts:
         return 1, 0
     facts = starts[-1]["facts"]
     return int(facts["world"]), int(facts["threads"])
@@ -199,6 +207,15 @@ def renormalised(subject: Subject, catalog: AnyCatalog, images_BCHW: Tensor) -> 
     return (images_BCHW * std + (mean - wanted)) / scale
 
 
+def _saved(source: Source) -> dict[str, Any]:
+    """The run's configuration; of an export that lies elsewhere, its data; else nothing."""
+    if source.run is not None:
+        return dict(saved_settings(source.run))
+    beside = None if source.model is not None else _described_beside(source.path)
+    data = None if beside is None else beside.get("data")
+    return {"data": data} if data else {}
+
+
 def _given(flags: list[str]) -> dict[str, str]:
     pairs = (flag.partition("=") for flag in flags)
     return {key.removeprefix("--"): value for key, _, value in pairs}
@@ -222,29 +239,17 @@ def _of_run(source: Source, config: Config) -> Subject:
     run = source.path
     best = export_path(run, "best")
     if source.which == "last" and not (run / "result.json").is_file():
-        held = "no export"
-        if best.is_file():
-            held = f"{best.name} of epoch {read_saved(best)['epoch'] + 1}"
-        status = read_status(run)
-        remedy = " or evaluate --weights best" if best.is_file() else ""
-        if status.get("state") == "complete":
-            raise PskdError(
-                f"{run} is complete, but its result.json is gone, which names the last epoch. "
-                f"`train.py --run.dir {run}` writes it again, without training again what is "
-                f"trained{remedy and ';' + remedy}."
-            )
-        state = ""
-        if status:
-            epoch = min(status["epoch"] + 1, status["epochs"])
-            state = f"{status['state']} in epoch {epoch} of {status['epochs']}, "
+        if read_status(run).get("state") == "complete" or not best.is_file():
+            read_complete(run, "result.json")
+        state, remedy = standing(run)
         raise PskdError(
-            f"{run} is not complete ({state}it has {held}), so there is no last epoch. Finish it "
-            f"with `train.py --run.dir {run}`{remedy}."
+            f"{run} is not complete ({state}), so there is no last epoch. {remedy} Or evaluate "
+            f"--weights best, which is epoch {read_saved(best)['epoch'] + 1} as yet."
         )
     facts = facts_of(run, "last") if source.which == "last" else read_saved(best)
     network = models.build(facts["model"], facts["num_classes"])
     network.load_state_dict(facts["net"])
-    about = read_complete(run, "preprocessing.json")
+    about = read_preprocessing(run) or read_complete(run, "preprocessing.json")
     return Subject(network.eval(), facts["num_classes"], about, _inference_of(run, config))
 
 
@@ -258,13 +263,13 @@ def _inference_of(run: Path | None, config: Config) -> Inference:
 
 def _of_export(source: Source, config: Config) -> Subject:
     path, about = source.path, None
-    facts = _described_beside(path)
-    if facts is not None:
-        about = facts["preprocessing"]
+    beside = _described_beside(path)
+    if beside is not None:
+        facts, about = beside, beside["preprocessing"]
     else:
         facts = read_saved(path)
         if source.run is not None:
-            about = read_run_json(source.run / "preprocessing.json")
+            about = read_preprocessing(source.run)
     if "model" not in facts or "num_classes" not in facts:
         raise PskdError(
             f"{path} does not say which network it holds, and no {path.name}.json lies beside: "
@@ -273,6 +278,8 @@ def _of_export(source: Source, config: Config) -> Subject:
     known(facts["model"], models.MODELS, f"{path}: model")
     network = models.build(facts["model"], facts["num_classes"])
     weights = weights_for(facts["model"], path)
+    if beside is not None:
+        check_written(path, weights, beside["weights_sha256"])
     wrong = difference(network.state_dict(), weights)
     if wrong is not None:
         raise PskdError(f"{path} does not hold a {facts['model']}: {wrong}.")

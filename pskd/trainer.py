@@ -24,9 +24,9 @@ from pskd.hashing import hash64
 from pskd.history import History
 from pskd.methods.interface import Method, Past
 from pskd.metrics import MEASURES, Accumulator, Records, measures
-from pskd.order import Ids, Plan, Walk, epoch_order
+from pskd.order import Ids, Plan, Walk, epoch_order, where
 from pskd.profiling import Profile
-from pskd.progress import Progress, readable
+from pskd.progress import Progress, listed, readable
 from pskd.run_dir import RunDir, Status
 from pskd.saver import Saver
 from pskd.schedule import lr_at
@@ -226,7 +226,7 @@ class Trainer:
         finite_B = torch.isfinite(step.loss_B).cpu().numpy()
         bad = sorted(i for ids in self.world.gather(step.ids_B[~finite_B].tolist()) for i in ids)
         raise AgreedError(
-            f"the loss is not finite in epoch {step.epoch}, step {step.step}, samples {bad}. "
+            f"the loss is not finite in {where(step.epoch, step.step)}, samples {listed(bad)}. "
             "Nothing of this step was saved. Lower optimizer.lr, add schedule.warmup_epochs or "
             "optimizer.clip_norm, in a new run."
         )
@@ -242,7 +242,7 @@ class Trainer:
             return
         bad = [sample for ids in self.world.gather(step.absent) for sample in ids]
         raise AgreedError(
-            f"{what}, up to epoch {step.epoch}, step {step.step}, the last of them "
+            f"{what}, up to {where(step.epoch, step.step)}, the last of them "
             f"{self.data.name(bad[0])}: these are not the images that were indexed. Bring them "
             "back and start again, the run goes on from its last checkpoint."
         )
@@ -372,7 +372,7 @@ class Trainer:
 
     def _say_stopped(self, epoch: int, step: int) -> None:
         reason = f"asked to stop by {self._stop.signal or 'a signal to another rank'}"
-        log.info("%s in epoch %d after step %d; start again to resume", reason, epoch, step)
+        log.info("%s in epoch %d after %d steps; start again to resume", reason, epoch + 1, step)
         if self.status is not None:
             self.status.write("stopped", reason, epoch, step)
 

@@ -19,8 +19,12 @@ _MOST_NAMED = 4
 
 def weights_sha256(model: nn.Module) -> str:
     """sha256 over names (sorted), dtype, shape and bytes of all parameters and buffers."""
+    return _sha256(model.state_dict())
+
+
+def _sha256(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         host = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {host.dtype} {tuple(host.shape)}\n".encode())
         digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
@@ -28,14 +32,16 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def export_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
-    """Write {"net": state dict, **facts}; `torch.load(path, weights_only=True)` reads it.
+    """Write {"net": state dict, "weights_sha256": its hash, **facts}.
+
+    `torch.load(path, weights_only=True)` reads it.
 
     Raises:
         PskdError: the file cannot be written.
     """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = io.BytesIO()
-    torch.save({"net": state, **facts}, content)
+    torch.save({"net": state, "weights_sha256": _sha256(state), **facts}, content)
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, content.getvalue())
@@ -60,7 +66,8 @@ def read_saved(path: Path) -> dict[str, Any]:
     """What `torch.save` wrote, on the CPU: an export of ours, or another dict.
 
     Raises:
-        PskdError: no such file, or it holds something else, none of which was executed.
+        PskdError: no such file; it holds something else, none of which was executed; or its weights
+            are not those that were written there.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -78,7 +85,22 @@ def read_saved(path: Path) -> dict[str, Any]:
         raise PskdError(f"{path} holds no weights that can be read ({first}).") from error
     if not isinstance(content, dict):
         raise PskdError(f"{path} holds no weights: a dict of tensors is expected.")
+    weights, written = content.get("net"), content.get("weights_sha256")
+    if written is not None and isinstance(weights, dict) and _are_weights(weights):
+        check_written(path, weights, written)
     return content
+
+
+def check_written(path: Path, weights: Mapping[str, Tensor], sha256: str) -> None:
+    """Compare weights with the hash of those that were written.
+
+    Raises:
+        PskdError: they differ.
+    """
+    if _sha256(weights) != sha256:
+        raise PskdError(
+            f"{path} is damaged: its weights are not those that were written (sha256 differs)."
+        )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -38,11 +38,11 @@ def test_evaluate_for_people_takes_the_number_of_bins(logits_file, capsys):
 
 def test_one_sample_of_one_class_is_counted_in_the_singular(tmp_path, capsys):
     np.savez(tmp_path / "one.npz", logits=np.zeros((1, 1)), labels=np.array([0]))
-    words = ["--logits", str(tmp_path / "one.npz"), "--bins", "1", "--bootstrap", "1"]
+    words = ["--logits", str(tmp_path / "one.npz"), "--bins", "1", "--bootstrap", "100"]
     assert main(["evaluate", *words]) == 0
     out = capsys.readouterr().out
-    assert "1 sample, 1 class, 1 bin of the ECE." in out
-    assert "of 1 bootstrap resample of" in out
+    assert f"Of --logits {tmp_path / 'one.npz'}: 1 sample, 1 class, 1 bin of the ECE." in out
+    assert "of 100 bootstrap resamples of" in out
 
 
 @pytest.mark.parametrize(

@@ -575,7 +575,7 @@ def test_a_bad_image_stops_and_is_named(small, kind):
                 seen[micro.epoch, sample] = digest(image)
     text = str(caught.value)
     assert f"image {path} (sample {bad})" in text
-    assert re.search(rf"in epoch 0, step {step_before}\b", text)
+    assert re.search(rf"in epoch 1, step {step_before + 1}\b", text)
     if kind in GONE:
         assert "cannot be read: " in text
         assert f"is {catalog.train.index.root} mounted?" in text
@@ -720,7 +720,7 @@ def test_a_bad_peer_is_named_with_its_own_id(small):
     with pytest.raises(PskdError) as caught:
         next(batches(catalog, WHOLE, plan=Plan(24, 2), peer=lambda _, ids: ids * 0 + 3))
     assert f"image {path} (sample 3)" in str(caught.value)
-    assert "in epoch 0, step 0" in str(caught.value)
+    assert "in epoch 1, step 1" in str(caught.value)
 
 
 def test_an_image_that_goes_bad_after_it_was_decoded_ahead_is_not_missed_later(small):

@@ -20,6 +20,7 @@ from pskd.errors import AgreedError, PskdError
 from pskd.evaluate import Request, on_ranks
 from pskd.export import export
 from pskd.metrics import MEASURES, summarize
+from pskd.report.evaluation import table
 from pskd.subject import Source, Subject, renormalised, settings
 from tests.forked import train
 from tests.launches import ROOT, result
@@ -167,8 +168,36 @@ def test_what_cannot_be_evaluated_is_refused_with_the_remedy(pool, run, asked, p
 def test_the_samples_that_are_measured_are_refused_under_any_name(pool, run, tmp_path):
     file = tmp_path / "copy.npz"
     evaluated(pool, 1, run, output=file)
-    message = evaluated(pool, 1, run, fit=file)
-    assert f"--fit {file}: 301 of its samples are among those that are measured" in message
+    best = tmp_path / "of_another_network.npz"
+    evaluated(pool, 1, run, which="best", output=best)
+    arrays = dict(np.load(best))
+    arrays["logits"] = arrays["logits"] + np.arange(10, dtype=np.float32)
+    np.savez(best, **arrays)
+    foreign = tmp_path / "without_samples.npz"
+    np.savez(foreign, logits=arrays["logits"], labels=arrays["labels"])
+    for fit in (file, best, foreign):
+        message = evaluated(pool, 1, run, fit=fit)
+        assert f"--fit {fit}: 301 of its samples are among those that are measured" in message
+
+
+def test_as_many_samples_of_each_class_in_order_may_be_others(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("test", "validation"):
+        labels = np.repeat(np.arange(5), 10)
+        np.savez(tmp_path / f"{name}.npz", logits=rng.normal(size=(50, 5)), labels=labels)
+    words = ["evaluate", "--logits", str(tmp_path / "test.npz"), "--fit"]
+    main([*words, str(tmp_path / "validation.npz")])
+    assert "are among those that are measured" not in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "test.npz")]) == 1
+    assert "50 of its samples are among those that are measured" in capsys.readouterr().err
+
+
+def test_the_table_says_what_was_evaluated(pool, run, folder):
+    told = table(evaluated(pool, 1, run))
+    assert f"Of {run} (last) on digits, 301 held out: 301 samples, 10 classes" in told
+    photos = folder / "photos"
+    told = table(evaluated(pool, 1, folder / "two.pth", model="resnet18", flags=flags_for(photos)))
+    assert f"Of {folder / 'two.pth'} on imagefolder {photos}: 26 samples, 2 classes" in told
 
 
 @pytest.mark.parametrize(
@@ -197,11 +226,8 @@ def test_an_unfinished_run_says_what_it_has(pool, run, tmp_path):
     status.update(state="stopped", epoch=0)
     (unfinished / "status.json").write_text(json.dumps(status))
     message = evaluated(pool, 2, unfinished)
-    assert (
-        "is not complete (stopped in epoch 1 of 2, it has checkpoint_best.pth of epoch" in message
-    )
-    assert f"train.py --run.dir {unfinished}" in message
-    assert "--weights best" in message
+    assert message.startswith(f"{unfinished} is not complete (stopped in epoch 1 of 2), so")
+    assert f"`train.py --run.dir {unfinished}` resumes it. Or evaluate --weights best" in message
     expected = {name: result(run)["best"][name] for name in MEASURES}
     assert evaluated(pool, 1, unfinished, which="best").raw.measures == expected
     status.update(state="complete", epoch=2)
@@ -211,9 +237,11 @@ def test_an_unfinished_run_says_what_it_has(pool, run, tmp_path):
     assert f"`train.py --run.dir {unfinished}` writes it again" in message
     assert " of 2" not in message
     (unfinished / "status.json").write_text("")
-    assert "is not complete (it has checkpoint_best.pth" in evaluated(pool, 1, unfinished)
+    assert "is not complete (of unknown state), so" in evaluated(pool, 1, unfinished)
     (unfinished / "models" / "checkpoint_best.pth").unlink()
-    assert "it has no export" in evaluated(pool, 1, unfinished)
+    message = evaluated(pool, 1, unfinished)
+    assert "is not complete (of unknown state; it has no result.json yet)" in message
+    assert "--weights best" not in message
 
 
 @pytest.fixture(scope="module")
@@ -302,12 +330,12 @@ def test_images_of_a_folder_are_normalised_as_the_network_was_trained():
 
 @pytest.mark.slow
 def test_several_ranks_print_one_json_object(run):
-    done = launched(2, str(run), "--json", "--bootstrap", "20")
+    done = launched(2, str(run), "--json", "--bootstrap", "100")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     expected = {name: result(run)["last"][name] for name in MEASURES}
     assert {name: found[name] for name in MEASURES} == expected
-    assert found["bootstrap"] == {"resamples": 20, "seed": 0}
+    assert found["bootstrap"] == {"resamples": 100, "seed": 0}
     assert set(found["intervals"]) == set(MEASURES)
     assert done.stderr == ""
 
@@ -353,6 +381,7 @@ def launched(processes, *words):
         (["--logits", "x.npz", "--fit-on", "2"], "--fit-on is 2"),
         (["--logits", "x.npz", "--bins", "0"], "--bins is 0"),
         (["--logits", "x.npz", "--bootstrap", "-1"], "--bootstrap is -1"),
+        (["--logits", "x.npz", "--bootstrap", "1"], "use 0 (no intervals), or 100 or more"),
         (["{run}", "--optimizer.lr", "1"], "does not read it"),
         (["{run}", "--data.nam", "x"], "Did you mean 'data.name'?"),
         (["{run}", "--data.name", "cifra10"], "did you mean 'cifar10'?"),

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+import time
 
 import numpy as np
 import onnxruntime
@@ -103,7 +105,7 @@ def test_the_command_writes_into_the_run_and_says_where(run, capsys):
 
 def test_exports_are_refused_with_the_remedy(run, tmp_path, capsys, monkeypatch):
     assert main(["export", str(tmp_path)]) == 1
-    assert f"train.py --run.dir {tmp_path}" in capsys.readouterr().err
+    assert f"{tmp_path} is no run directory" in capsys.readouterr().err
     blocked = tmp_path / "file"
     blocked.touch()
     assert main(["export", str(run), "--output", str(blocked / "x.pth")]) == 1
@@ -123,6 +125,62 @@ def test_exports_are_refused_with_the_remedy(run, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(export_module, "_ONNX_PACKAGES", ("onnx", "a_package_that_is_not_there"))
     assert main(["export", str(run), "--format", "onnx"]) == 1
     assert 'pip install "pskd[onnx]"' in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_ended_or_has_lost_its_result_says_which(run, tmp_path, capsys):
+    lost = tmp_path / "run"
+    shutil.copytree(run, lost, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    (lost / "result.json").unlink()
+    assert main(["export", str(lost)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {lost} is complete, but its result.json is gone. `train.py --run.dir {lost}` "
+        "writes it again, without training again what is trained.\n"
+    )
+    status = json.loads((lost / "status.json").read_text())
+    status.update(state="running", epoch=1, heartbeat=time.time() - 70)
+    (lost / "status.json").write_text(json.dumps(status))
+    assert main(["export", str(lost)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"is not complete \(running in epoch 2 of 3, last heartbeat 7\d s ago;", error)
+    assert f"if it was killed, `train.py --run.dir {lost}` resumes it." in error
+
+
+def changed_bytes(path):
+    """The weights of a file, some of them overwritten, as a bad disk may do; it still unpickles."""
+    content = path.read_bytes()
+    weights = torch.load(path, weights_only=True)
+    weights = max((weights.get("net") or weights).values(), key=lambda tensor: tensor.nbytes)
+    start = content.index(weights.numpy().tobytes()[:64])
+    path.write_bytes(content[:start] + bytes(8) + content[start + 8 :])
+
+
+def test_weights_that_were_changed_are_refused(run, tmp_path, capsys):
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    for name in ("checkpoint_3.pth", "checkpoint_best.pth"):
+        changed_bytes(damaged / "models" / name)
+    apart = tmp_path / "apart.pth"
+    assert main(["export", str(run), "--output", str(apart)]) == 0
+    changed_bytes(apart)
+    capsys.readouterr()
+    refusal = "is damaged: its weights are not those that were written (sha256 differs)."
+    for words, path in (
+        (["evaluate", str(damaged)], damaged / "models" / "checkpoint_3.pth"),
+        (["export", str(damaged)], damaged / "models" / "checkpoint_3.pth"),
+        (["export", str(damaged), "--weights=best"], damaged / "models" / "checkpoint_best.pth"),
+        (["evaluate", str(apart)], apart),
+    ):
+        assert main(words) == 1
+        assert f"{path} {refusal}" in capsys.readouterr().err
+
+
+def test_an_export_that_was_moved_knows_its_data(run, tmp_path, capsys):
+    path = tmp_path / "network.pth"
+    assert main(["export", str(run), "--output", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(path), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured == {name: pytest.approx(result(run)["last"][name]) for name in MEASURES}
 
 
 @pytest.mark.parametrize(

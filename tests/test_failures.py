@@ -90,7 +90,7 @@ def test_a_world_that_leaves_a_micro_batch_under_two_is_refused(tmp_path):
 
 def test_a_non_finite_loss_names_epoch_step_and_samples(tmp_path):
     job = forked.train(tmp_path / "run", *BRIEF, "--optimizer.lr=1e20")
-    assert_refused(job, "loss is not finite in epoch 0, step", "samples [", run_failed=True)
+    assert_refused(job, "loss is not finite in epoch 1, step", "samples [", run_failed=True)
     assert not metrics(tmp_path / "run")
 
 

@@ -289,7 +289,7 @@ def test_substituted_images_are_named_counted_and_not_remembered(damaged, tmp_pa
     assert not all(decodes[epoch, 33] for epoch in range(EPOCHS))
     rest = np.setdiff1d(np.arange(61), bad)
     assert torch.allclose(table[rest].sum(dim=1), torch.ones(len(rest)), atol=1e-3)
-    assert "cannot be decoded, in epoch 0, step" in reference.output()
+    assert "cannot be decoded, in epoch 1, step" in reference.output()
     assert reference.output().count("a grey image of weight 0 takes its place") == sum(
         not fine for fine in decodes.values()
     )
@@ -314,7 +314,7 @@ def test_a_bad_image_stops_both_ranks_and_is_said_once(tmp_path, nothing_left):
     damage(Path(catalog.train.path(33)), "half")
     # About all of each image: so its damage as well, in epoch 0.
     job = train(run_dir, *flags_on(root, "--data.crop_scale=[1, 1]"))
-    named = f"image {catalog.train.path(33)} (sample 33) cannot be decoded, in epoch 0, step "
+    named = f"image {catalog.train.path(33)} (sample 33) cannot be decoded, in epoch 1, step "
     assert_refused(job, named, "--drop-bad", run_failed=True)
     assert not processes_of(run_dir)
 
@@ -328,7 +328,7 @@ def test_bad_images_are_mended_and_the_run_goes_on_to_the_same_bits(tmp_path, no
     reference = forked.train(tmp_path / "reference", *flags, processes=None)
     assert reference.process.returncode == 0, reference.output()
     for path, named in (
-        (Path(catalog.train.path(33)), "image {} (sample 33) cannot be decoded, in epoch 0, step"),
+        (Path(catalog.train.path(33)), "image {} (sample 33) cannot be decoded, in epoch 1, step"),
         (Path(catalog.validation.path(14)), "validation image {} (sample 14) cannot be decoded"),
     ):
         whole = path.read_bytes()

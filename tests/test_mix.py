@@ -765,8 +765,8 @@ ORDER = epoch_order(1, 0, N).tolist()  # steps of 22 samples
     [
         (ORDER[5:15], None),  # a tenth
         (ORDER[5:9] + ORDER[50:57], "more than 10% of an epoch's images cannot be decoded, up to "
-                                    "epoch 0, step 2, the last of them sample "),
-        (ORDER[88:100], "none of the 12 images of a step can be decoded, up to epoch 0, step 4"),
+                                    "epoch 1, step 3, the last of them sample "),
+        (ORDER[88:100], "none of the 12 images of a step can be decoded, up to epoch 1, step 5"),
     ],
 )  # fmt: skip
 def test_data_of_which_too_much_is_bad_are_refused_at_the_same_step_by_all(

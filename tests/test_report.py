@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -324,14 +325,14 @@ def test_an_unfinished_run_is_reported_as_such(runs, tmp_path, capsys):
     done = len((run / "metrics.jsonl").read_text().splitlines())
     text = words(found.text)
     assert f"Unfinished: {done} of 400 epochs. The run is stopped" in text
-    assert f"`train.py --run.dir {run}` goes on with it" in text
+    assert f"`train.py --run.dir {run}` resumes it" in text
     assert "are shown of complete runs only" in text
     assert found.headings == [s for s in SECTIONS if s not in SECTIONS[3:6]]
     assert main(["compare", str(runs / "pskd"), str(run), "--html", str(tmp_path / "c.html")]) == 1
-    assert f"{run} holds no complete run" in capsys.readouterr().err
+    assert f"{run} is not complete (stopped in epoch {done + 1} of 400" in capsys.readouterr().err
     (run / "metrics.jsonl").write_text("")
     assert main(["report", str(run)]) == 1
-    assert f"{run} has no finished epoch yet: `train.py --run.dir" in capsys.readouterr().err
+    assert f"{run} has no finished epoch yet (stopped in epoch" in capsys.readouterr().err
 
 
 def test_a_run_of_an_older_version_says_what_is_left_out_and_how_to_get_it(runs, tmp_path, capsys):
@@ -361,6 +362,9 @@ def test_a_run_of_an_older_version_says_what_is_left_out_and_how_to_get_it(runs,
         ("result.json", "[]"),
         ("result.json", '{"last": {"epoch": 1}}'),
         ("evaluation.npz", "no archive"),
+        ("metrics.jsonl", ""),
+        ("env.json", "[1]"),
+        ("preprocessing.json", "{}"),
         ("preprocessing.json", ""),
         ("config.yaml", "a: [b"),
         ("config.yaml", "- a"),
@@ -375,7 +379,7 @@ def test_a_damaged_file_is_named(runs, tmp_path, capsys, name, content):
         error = capsys.readouterr().err
         assert error.startswith(f"error: {run / name} ")
         assert error.count("\n") == 1
-        assert "Remove it: `train.py" in error or "Restore it from a copy, or remove it" in error
+        assert "`train.py --run.dir" in error or "Restore it from a copy" in error
 
 
 @pytest.mark.parametrize("command", ["report", "compare"])
@@ -402,7 +406,14 @@ def test_what_a_result_lacks_is_named(runs, tmp_path, capsys, command, last, par
 
 @pytest.mark.parametrize(
     ("line", "part"),
-    [("{]", "line 2 is no JSON"), ('{"epoch": 1, "images_per_s": 2}', "line 2 lacks top1_error")],
+    [
+        ("{]", "line 2 is no JSON"),
+        ('{"epoch": 1, "images_per_s": 2}', "line 2 lacks top1_error"),
+        (
+            '{"epoch": 2, "images_per_s": 2, "top1_error": 1}',
+            "line 2 is of epoch 3 and follows epoch 1",
+        ),
+    ],
 )
 def test_a_bad_line_of_the_metrics_is_named(runs, tmp_path, capsys, line, part):
     run = tmp_path / "run"
@@ -411,6 +422,46 @@ def test_a_bad_line_of_the_metrics_is_named(runs, tmp_path, capsys, line, part):
     (run / "metrics.jsonl").write_text(f"{first}\n{line}\n")
     assert main(["report", str(run)]) == 1
     assert f"{run / 'metrics.jsonl'} cannot be read ({part}). " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "part"),
+    [
+        ("confidence", lambda a: a.__setitem__(3, np.nan), "nan at sample 3"),
+        ("label", lambda a: a.__setitem__(3, 10), "a label is outside 0..9"),
+        ("rank", lambda a: a.__setitem__(slice(None), 0), "it is of another evaluation: its top1"),
+        ("nll", lambda a: a.resize(5, refcheck=False), "its arrays have different lengths"),
+    ],
+)
+def test_predictions_that_are_not_those_of_the_result_are_refused(
+    runs, tmp_path, capsys, key, change, part
+):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pskd", run, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    with np.load(run / "evaluation.npz") as found:
+        arrays = dict(found)
+    change(arrays[key])
+    np.savez(run / "evaluation.npz", **arrays)
+    for command in (["report", str(run)], ["compare", str(run), "--html", str(tmp_path / "c")]):
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {run / 'evaluation.npz'} cannot be read (")
+        assert part in error
+        assert "Remove it: `train.py" in error
+
+
+def test_names_of_any_length_are_told_apart(runs, tmp_path, capsys):
+    long = [tmp_path / f"{'a_very_long_name_of_a_run_' * 5}{end}" for end in ("one", "two")]
+    for path in long:
+        shutil.copytree(runs / "pskd", path, ignore=shutil.ignore_patterns("checkpoints", "store"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["report", str(long[0])]) == 0
+        html = tmp_path / "c.html"
+        assert main(["compare", *map(str, long), "--html", str(html)]) == 0
+    svg = re.findall(r"<svg.*?</svg>", html.read_text(), flags=re.DOTALL)
+    assert all("_run_one" in drawing and "_run_two" in drawing for drawing in svg)
+    assert not any(long[0].name in drawing for drawing in svg)
 
 
 def test_an_empty_folder_holds_no_run(tmp_path, capsys):

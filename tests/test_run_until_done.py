@@ -72,7 +72,7 @@ def test_a_run_that_always_fails_at_one_place_is_given_up_with_the_reason(tmp_pa
     assert starts(run_dir) == 3
     (last,) = (line for line in job.output().splitlines() if line.startswith("gave up"))
     assert "3 starts in a row brought no checkpoint after 'none'" in last
-    assert "failed, the loss is not finite in epoch 0" in last
+    assert "failed, the loss is not finite in epoch 1" in last
     wait_for_no_trace(run_dir)
 
 

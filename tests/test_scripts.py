@@ -160,9 +160,9 @@ def test_launchers_refuse_what_cannot_work(script, options, says, tmp_path):
 # --- compare --by-recipe -------------------------------------------------------------------------
 
 
-def made_run(path, name, top1, top5=5.0):
+def made_run(path, name, top1, top5=5.0, **settings):
     path.mkdir()
-    (path / "config.yaml").write_text(yaml.safe_dump({"run": {"recipe": name}}))
+    (path / "config.yaml").write_text(yaml.safe_dump({"run": {"recipe": name}, **settings}))
     last = {"epoch": 1, "top1_error": top1, "top5_error": top5, "nll": 1, "ece": 2, "aurc": 3}
     (path / "result.json").write_text(json.dumps({"last": last, "best": last}))
     return str(path)
@@ -186,6 +186,36 @@ def test_mean_deviation_and_published_figure_of_each_recipe(tmp_path, capsys):
         "5.00 ± 0.00 (5.10)",
     ]
     assert rows[3][:4] == ["digits-pskd", "1", "3.00", "-"]
+
+
+def test_only_runs_that_differ_in_their_seed_make_a_mean(tmp_path, capsys):
+    recipe = "digits-pskd"
+    method = {"name": "pskd", "alpha_T": 0.8}
+    runs = [
+        made_run(
+            tmp_path / f"{k}",
+            recipe,
+            10.0 + k,
+            train={"seed": seed, "epochs": epochs},
+            data={"name": "digits", "held_out": held_out},
+            method=method,
+        )
+        for k, (seed, epochs, held_out) in enumerate([(0, 2, 0), (1, 2, 0), (0, 4, 0), (1, 4, 100)])
+    ]
+    assert main(["compare", "--by-recipe", *runs]) == 0
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    assert [row[:3] for row in rows[2:]] == [
+        [f"{recipe}, train.epochs 2", "2", "10.50 ± 0.71"],
+        [f"{recipe}, train.epochs 4", "1", "12.00"],
+        [f"{recipe}, data.held_out 100, train.epochs 4", "1", "13.00"],
+    ]
+    assert main(["compare", "--by-recipe", *runs, made_run(tmp_path / "x", recipe, 1.0)]) == 0
+    again = made_run(tmp_path / "again", recipe, 1.0, train={"seed": 1, "epochs": 2}, method=method)
+    assert main(["compare", "--by-recipe", *runs, again]) == 1
+    assert f"{runs[1]} and {again} are runs of one recipe" in capsys.readouterr().err
 
 
 def test_a_run_without_a_recipe_is_named(tmp_path, capsys):

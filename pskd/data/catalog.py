@@ -4,7 +4,7 @@ Letters: N samples, H height, W width, C channels (1 or 3).
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -59,6 +59,14 @@ class Split:
     def take(self, rows: npt.NDArray[np.int64]) -> "Split":
         """Some samples, in the order given; their ids are new."""
         return Split(self.images_NHWC[rows], self.labels_N[rows])
+
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """A hash of pixels and label of each sample, (N,), by which the sample is known again."""
+        images, labels = self.images_NHWC, self.labels_N.tolist()
+        return digests(
+            (np.ascontiguousarray(image_HWC).data, label)
+            for image_HWC, label in zip(images, labels, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,15 @@ def smallest_hashes(stream: str, n: int, count: int) -> npt.NDArray[np.int64]:
     """`count` of n samples, ascending: the same ones for every seed."""
     keys_N = hash64(0, stream, 0, np.arange(n, dtype=np.int64), columns=1)[:, 0]
     return np.sort(np.argsort(keys_N, kind="stable")[:count])
+
+
+def digests(samples: Iterable[tuple[bytes | memoryview, int]]) -> npt.NDArray[np.uint64]:
+    """64 bits of a hash of each (content, label)."""
+    hashes = (
+        hashlib.blake2b(content, digest_size=8, salt=label.to_bytes(8, "little")).digest()
+        for content, label in samples
+    )
+    return np.frombuffer(b"".join(hashes), np.uint64)
 
 
 def _pad(split: Split, size: int) -> Split:

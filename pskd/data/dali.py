@@ -28,7 +28,7 @@ from pskd.data.imagefolder import EncodedSplit, FolderCatalog
 from pskd.data.transfer import to_device
 from pskd.data.views import PEER, PeerChoice
 from pskd.errors import CommonError, PskdError
-from pskd.order import Ids, MicroBatch, Walk
+from pskd.order import Ids, MicroBatch, Walk, where
 
 log = logging.getLogger("pskd")
 
@@ -305,19 +305,19 @@ class DaliData:
             PskdError: they are not to be replaced, or files have gone.
         """
         ids = self._ids(micro)
-        where = f"in epoch {micro.epoch}, step {micro.step}"
+        place = f"in {where(micro.epoch, micro.step)}"
         for row in bad:
             sample = ids[row]
             what = f"image {self._train.path(sample)} (sample {sample})"
-            self._refuse_if_gone(self._train, sample, f"{what}, {where},", error)
+            self._refuse_if_gone(self._train, sample, f"{what}, {place},", error)
             if self._options.section.on_bad_image == "stop":
                 raise PskdError(
-                    f"{what} cannot be decoded, {where}. {remedies(self._train, sample)} Or set "
+                    f"{what} cannot be decoded, {place}. {remedies(self._train, sample)} Or set "
                     "data.on_bad_image substitute: the run goes on with a grey image of weight 0 "
                     f"in its place. {left_out(self._train)}"
                 ) from error
             log.error(
-                "%s cannot be decoded, %s: a grey image of weight 0 takes its place", what, where
+                "%s cannot be decoded, %s: a grey image of weight 0 takes its place", what, place
             )
 
     @staticmethod

@@ -16,7 +16,7 @@ from tempfile import gettempdir
 import numpy as np
 import numpy.typing as npt
 
-from pskd.data.catalog import check_limit, hold_out, smallest_hashes
+from pskd.data.catalog import check_limit, digests, hold_out, smallest_hashes
 from pskd.data.headers import bar
 from pskd.data.index import Index, load_or_build
 from pskd.data.index_check import check_same_classes
@@ -56,6 +56,15 @@ class EncodedSplit:
     def take(self, rows: Ids) -> "EncodedSplit":
         """Some of these samples, in the order given; their ids are new."""
         return EncodedSplit(self.index, self.rows_N[rows])
+
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """A hash of path below the root, size and label of each sample, (N,)."""
+        rows = self.rows_N.tolist()
+        sizes, labels = self.index.bytes_N[self.rows_N].tolist(), self.labels_N.tolist()
+        return digests(
+            (self.index.relative(row) + b"/%d" % size, label)
+            for row, size, label in zip(rows, sizes, labels, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What a configuration says of the data and their augmentation. Imports no torch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pskd.data.catalog import DATASETS, FOLDER
 from pskd.fields import known, numerics, output, require, speed
@@ -87,6 +88,13 @@ class DataSection:
             self.hw_decoder_load,
             "use a share from 0 to 1.",
         )
+
+
+def described(data: Mapping[str, Any]) -> str:
+    """The validation samples of a data section, in words: what differs here does not compare."""
+    root = f" {data.get('root')}" if data["name"] == FOLDER else ""
+    held_out = f", {data['held_out']} held out" if data.get("held_out") else ""
+    return f"{data['name']}{root}{held_out}"
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pskd.config import Config
 from pskd.inspection import label_errors
 from pskd.inspection.label_errors import LabelErrors
 from pskd.inspection.scan import Judged, judge
-from pskd.inspection.source import Past, Source
+from pskd.inspection.source import Source
 from pskd.loading import AnyCatalog
 
 IdList = npt.NDArray[np.int64]
@@ -134,7 +133,7 @@ def find(source: Source) -> Findings:
         learned=learned,
         count_C=np.bincount(labels_N[present], minlength=classes),
         predicted_CC=np.bincount(cells, minlength=classes**2).reshape(classes, classes),
-        notes=_notes(source.config, source.last, source.before),
+        notes=_notes(source),
     )
 
 
@@ -155,7 +154,8 @@ def _flips(
     )
 
 
-def _notes(config: Config, last: Past, before: Past | None) -> list[str]:
+def _notes(source: Source) -> list[str]:
+    config, last, before = source.config, source.last, source.before
     notes = [
         "Each row is a prediction for the augmented image, made in training before the step that "
         "learnt from it. Earlier epochs have learnt from the same label: a network that memorises "
@@ -182,6 +182,11 @@ def _notes(config: Config, last: Past, before: Past | None) -> list[str]:
         notes.append(
             f"store.encoding {encoding} keeps the largest classes only: smaller probabilities "
             "are guesses."
+        )
+    if last.epoch + 1 < source.trained:
+        notes.append(
+            f"{source.trained} epochs are trained, but of the last one no predictions are there: "
+            f"these are of epoch {last.epoch + 1}."
         )
     if before is None:
         notes.append("Only one epoch is on disk, so nothing is known of flips.")

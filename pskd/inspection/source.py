@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from pskd import command_line
 from pskd.config import Config
+from pskd.effect import ignored
 from pskd.errors import PskdError
 from pskd.loading import AnyCatalog, catalog_of
-from pskd.run_dir import RunDir, saved_settings
+from pskd.run_dir import RunDir, read_status, saved_settings, standing
 from pskd.store.generation import Generation, finished_epochs, generation_name, open_generation
 
 _READ = ("data.root", "data.index_path", "data.val_index_path")
@@ -23,27 +24,34 @@ class Past(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """last: of the newest finished epoch. before: of the finished one before it, if still there."""
+    """last: of the newest finished epoch. before: of the finished one before it, if still there.
+
+    trained: epochs that the run has finished, as its status says.
+    """
 
     run: Path
     config: Config
     catalog: AnyCatalog
     last: Past
     before: Past | None
+    trained: int
 
 
 def open_run(run: Path, flags: list[str]) -> Source:
     """flags: `--data.root=DIR` and the like, where the data are now.
 
     Raises:
-        PskdError: no run; its method keeps no predictions; no epoch is finished; the data cannot
-            be read, or are not those that it trained.
+        PskdError: no run; its method keeps no predictions; no epoch is finished; rows are damaged;
+            the data cannot be read, or are not those that it trained.
     """
-    for flag in flags:
-        key = flag.removeprefix("--").partition("=")[0]
+    keys = [flag.removeprefix("--").partition("=")[0] for flag in flags]
+    for key in keys:
         if key not in _READ:
             raise PskdError(f"--{key}: `pskd inspect` does not read it, only {', '.join(_READ)}.")
     config = command_line.over(f"{run}/config.yaml", dict(saved_settings(run)), flags)
+    for key, _, reason in ignored(config.flat(), config.method.keeps_predictions):
+        if key in keys:
+            raise PskdError(f"--{key}: nothing reads it: {reason}. Leave it out.")
     store = RunDir(run).store
     epochs = finished_epochs(store)
     if not epochs:
@@ -59,7 +67,10 @@ def open_run(run: Path, flags: list[str]) -> Source:
         ) from error
     for past in pasts:
         _check_same(run, catalog, past)
-    return Source(run, config, catalog, last, pasts[0] if len(pasts) > 1 else None)
+        past.rows.verify()  # what is damaged would look like a label error
+    before = pasts[0] if len(pasts) > 1 else None
+    trained = read_status(run).get("epoch", last.epoch + 1)
+    return Source(run, config, catalog, last, before, trained)
 
 
 def _no_predictions(run: Path, config: Config) -> PskdError:
@@ -71,10 +82,10 @@ def _no_predictions(run: Path, config: Config) -> PskdError:
             f"{run}: method {method.name}{chosen} keeps no past predictions. `pskd inspect` reads "
             "those of method pskd with method.teacher table."
         )
-    return PskdError(
-        f"{run} holds no past predictions of a finished epoch: go on with "
-        f"`train.py --run.dir {run}` until its first epoch has ended."
-    )
+    state, remedy = standing(run)
+    if read_status(run).get("state") == "complete":
+        remedy = "Train it again in another --run.dir, or restore its store/ from a copy."
+    return PskdError(f"{run} holds no past predictions of a finished epoch ({state}). {remedy}")
 
 
 def _check_same(run: Path, catalog: AnyCatalog, past: Past) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pskd import recipe
+from pskd.data.catalog import FOLDER
+from pskd.data.sections import described
 from pskd.errors import PskdError
-from pskd.files import read_run_json
 from pskd.progress import counted
-from pskd.report.origin import described, published
+from pskd.report.origin import changed, published
 from pskd.report.table import PUBLISHED_COLUMNS, Table
-from pskd.run_dir import read_result, saved_settings
+from pskd.run_dir import read_preprocessing, read_result, saved_settings
 
 
 def comparison(runs: Sequence[Path]) -> Table:
@@ -22,28 +22,64 @@ def comparison(runs: Sequence[Path]) -> Table:
     Raises:
         PskdError: a directory holds no complete run.
     """
-    titles = [title for title, _, _ in PUBLISHED_COLUMNS]
-    header = ["run", "epochs", *titles, "best top-1 error % (epoch)"]
-    return Table(header, [_row(run, label) for run, label in zip(runs, labels(runs), strict=True)])
+    rows = [_row(run, label) for run, label in zip(runs, labels(runs), strict=True)]
+    known = [published(saved_settings(run)["run"].get("recipe")) for run in runs]
+    return Table(["run", "epochs", *_titles(known), "best top-1 error % (epoch)"], rows)
 
 
 def by_recipe(runs: Sequence[Path]) -> Table:
-    """The last epochs, one row a recipe, and the published figures.
+    """The last epochs, one row for runs that differ in the seed alone, and the published figures.
 
-    A cell is `mean +- deviation (published)` over the runs of the recipe; the deviation is that of
-    a sample, and is left out for a single run.
+    The row is called by the recipe, and by what the runs changed of it. A cell is
+    `mean +- deviation (published)`; the deviation is that of a sample, and is left out for a single
+    run.
 
     Raises:
-        PskdError: a directory holds no complete run, or one that began with no recipe.
+        PskdError: a directory holds no complete run, or one that began with no recipe; or two runs
+            of a row have the same seed.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], dict[Path, dict[str, Any]]] = {}
+    labels(runs)  # each once
     for run in runs:
-        groups.setdefault(_recipe(run), []).append(_result(run)["last"])
-    header = ["recipe", "runs", *(title for title, _, _ in PUBLISHED_COLUMNS)]
-    rows = []
-    for name, lasts in groups.items():
-        rows.append([name, str(len(lasts)), *_cells(lasts, recipe.read(name).published)])
-    return Table(header, rows)
+        groups.setdefault(_settings(run), {})[run] = _result(run)["last"]
+    rows, known = [], []
+    for (recipe_name, changes), lasts in groups.items():
+        _check_seeds(list(lasts))
+        known.append(published(recipe_name))
+        name = ", ".join(part for part in (recipe_name, changes) if part)
+        rows.append([name, str(len(lasts)), *_cells(list(lasts.values()), known[-1])])
+    return Table(["recipe", "runs", *_titles(known)], rows)
+
+
+def _settings(run: Path) -> tuple[str, str]:
+    """(the recipe, what the run changed of it and what it was measured on)."""
+    settings = saved_settings(run)
+    changes = [f"{key} {value}" for key, value in changed(settings).items()]
+    root = settings.get("data", {}).get("root")
+    on = [f"data.root {root}"] if root is not None and settings["data"]["name"] == FOLDER else []
+    return _recipe(run), ", ".join([*changes, *on])
+
+
+def _check_seeds(runs: Sequence[Path]) -> None:
+    """The deviation is that over seeds."""
+    first: dict[int, Path] = {}
+    for run in runs:
+        seed = saved_settings(run).get("train", {}).get("seed")
+        if seed in first:
+            raise PskdError(
+                f"{first[seed]} and {run} are runs of one recipe, its settings and seed {seed}, "
+                "so they tell nothing of the deviation over seeds: name one of them."
+            )
+        if seed is not None:
+            first[seed] = run
+
+
+def _titles(known: Sequence[Mapping[str, float]]) -> list[str]:
+    """Of the columns of measures; known: published figures of each row."""
+    return [
+        f"{title} (published)" if any(key in figures for figures in known) else title
+        for title, key, _ in PUBLISHED_COLUMNS
+    ]
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
@@ -77,7 +113,7 @@ def different_data(runs: Sequence[Path]) -> str | None:
 
 def _measured_on(run: Path) -> str:
     text = described(saved_settings(run).get("data", {"name": "unnamed data"}))
-    about = read_run_json(run / "preprocessing.json")
+    about = read_preprocessing(run)
     if about is None:  # of an older version
         return text
     return f"{text}, {counted(len(about['class_names']), 'class')}"

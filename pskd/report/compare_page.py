@@ -11,9 +11,10 @@ from pskd.metrics import Records
 from pskd.progress import counted
 from pskd.report import figures
 from pskd.report.compare import different_data, labels
+from pskd.report.origin import yaml_value
 from pskd.report.page import Drawing, Part, Section, Text, page
 from pskd.report.run_files import RunFiles, read
-from pskd.report.run_page import without_predictions, write, yaml_value
+from pskd.report.run_page import without_predictions, write
 from pskd.report.table import Table
 
 

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from pskd.errors import PskdError
-from pskd.fields import at_least
+from pskd.fields import at_least, require
 
 _RESAMPLES = 1000
+_FEWEST = 100
 
 
 def add_arguments(evaluate: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument(
         "--bootstrap",
-        type=at_least(0, "--bootstrap"),
+        type=_resamples,
         metavar="B",
         help=f"resamples for 95 %% intervals (default: {_RESAMPLES}; 0 with --json)",
     )
@@ -51,6 +52,18 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="FILE.npz", help="write logits (float32) and labels"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object only")
+
+
+def _resamples(text: str) -> int:
+    """An argparse type: so few that they tell nothing of an interval are refused."""
+    count = at_least(0, "--bootstrap")(text)
+    require(
+        count == 0 or count >= _FEWEST,
+        "--bootstrap",
+        count,
+        f"use 0 (no intervals), or {_FEWEST} or more, to take the middle 95 % of.",
+    )
+    return count
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -28,8 +28,8 @@ def table(figures: Figures) -> str:
         rows.append(row)
     lines = [
         markdown(header, rows),
-        f"{counted(figures.samples, 'sample')}, {counted(figures.classes, 'class')}, "
-        f"{counted(figures.bins, 'bin')} of the ECE.",
+        f"Of {figures.source}: {counted(figures.samples, 'sample')}, "
+        f"{counted(figures.classes, 'class')}, {counted(figures.bins, 'bin')} of the ECE.",
     ]
     if figures.fitted_on is not None:
         lines.append(f"T minimises the NLL of {figures.fitted_on}.")

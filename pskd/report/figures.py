@@ -99,7 +99,7 @@ def learning_curves(runs: Mapping[str, Sequence[Line]]) -> Figure:
             if any(_number(line.get(key)) is not None for lines in runs.values() for line in lines)
         ]
         rows = math.ceil(len(shown) / 3)
-        figure = Figure(figsize=(9.2, 2.5 * rows + (0.25 * math.ceil(len(runs) / 4))))
+        figure = Figure(figsize=(9.2, 2.5 * rows + (0.25 * math.ceil(len(runs) / 3))))
         axes = figure.subplots(rows, 3, squeeze=False).ravel()
         for ax, (key, title) in zip(axes, shown, strict=False):
             for name, lines in runs.items():
@@ -117,15 +117,14 @@ def schedules(lines: Sequence[Line]) -> Figure:
     with _style():
         keys = [("lr", "learning rate")]
         keys += [("alpha", "alpha")] if "alpha" in lines[0] else []
-        return _panels(lines, keys)
+        return _panels(lines, keys, "steps-mid")
 
 
 def throughput(lines: Sequence[Line]) -> Figure:
-    """Images a second of each epoch, and how long training waited for the store, if it did."""
+    """Images a second of each epoch, and how long training waited for what, if it did."""
     with _style():
         keys = [("images_per_s", "images/s")]
-        if points.waits_for_store(lines) is not None:
-            keys.append(("store_wait_s", "waits for the store, s"))
+        keys += [(key, f"waits for {what}, s") for key, what, _ in points.waits(lines)]
         figure = _panels(lines, keys)
         for ax in figure.axes:
             ax.set_ylim(bottom=0)
@@ -169,9 +168,13 @@ def risk_coverage(runs: Mapping[str, Records]) -> Figure:
             coverage, risk, optimum = points.thin(*points.risk_coverage(records))
             (line,) = ax.plot(coverage, 100 * risk, label=_label(name))
             ax.plot(
-                coverage, 100 * optimum, color=line.get_color(), linestyle=(0, (1, 2)), linewidth=1
+                coverage,
+                100 * optimum,
+                color=line.get_color(),
+                linestyle=(0, (1, 2)),
+                linewidth=1.4,
             )
-        ax.plot([], [], color=_MIDDLE, linestyle=(0, (1, 2)), linewidth=1, label="optimum")
+        ax.plot([], [], color=_MIDDLE, linestyle=(0, (1, 2)), linewidth=1.4, label="optimum")
         ax.set_xlabel("coverage")
         ax.set_ylabel("risk: error % of what is covered")
         ax.set_xlim(0, 1)
@@ -191,7 +194,7 @@ def confidences(records: Records) -> Figure:
             axes, counts, ("right", "wrong"), (_COLORS[2], _COLORS[4]), strict=True
         ):
             ax.bar(left_K, count_K, width=0.9 / _HISTOGRAM_BINS, align="edge", color=color)
-            ax.set_ylabel(name)
+            ax.set_ylabel(f"{name}, samples")
         axes[-1].set_xlabel("confidence")
         axes[-1].set_xlim(0, 1)
         return figure
@@ -220,22 +223,28 @@ def class_errors(error_C: points.Floats, names: Sequence[str]) -> Figure:
         return figure
 
 
-def _panels(lines: Sequence[Line], keys: Sequence[tuple[str, str]]) -> Figure:
+def _panels(
+    lines: Sequence[Line], keys: Sequence[tuple[str, str]], style: str = "default"
+) -> Figure:
     figure = Figure(figsize=(4.6 * len(keys), 2.4))
     for ax, (key, title) in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        _curve(ax, lines, key, title)
+        _curve(ax, lines, key, title, style)
         ax.set_title(title)
         _epochs(ax)
     return figure
 
 
-def _curve(ax: Axes, lines: Sequence[Line], key: str, label: str) -> None:
+def _curve(ax: Axes, lines: Sequence[Line], key: str, label: str, style: str = "default") -> None:
     """Epochs that were not measured are passed over; few points are marked."""
     known = [(line["epoch"] + 1, _number(line.get(key))) for line in lines]
     known = [(epoch, value) for epoch, value in known if value is not None]
     marker = "o" if len(known) <= 12 else ""
     ax.plot(
-        *zip(*known, strict=True) if known else ([], []), label=_label(label), marker=marker, ms=3
+        *zip(*known, strict=True) if known else ([], []),
+        label=_label(label),
+        marker=marker,
+        markersize=3,
+        drawstyle=style,
     )
 
 
@@ -247,7 +256,7 @@ def _epochs(ax: Axes) -> None:
 def _legend_below(figure: Figure, ax: Axes, runs: Mapping[str, Any]) -> None:
     if len(runs) > 1:
         handles, labels = ax.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 4))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 3))
 
 
 def _reliability(upper: Axes, lower: Axes, found: points.Reliability) -> None:
@@ -276,9 +285,10 @@ def _number(value: Any) -> float | None:
 
 
 def _label(name: str) -> str:
-    """Matplotlib leaves names that begin with _ out of legends."""
-    return f" {name}" if name.startswith("_") else name
+    """Of a legend. Matplotlib leaves out names that begin with _."""
+    return _short(f" {name}" if name.startswith("_") else name)
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:27]}…"
+    """What is told apart by its end, as runs are, keeps it."""
+    return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"

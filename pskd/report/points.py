@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pskd.metrics import Records, risk
 
+_WAITS = (("data_wait_s", "data"), ("store_wait_s", "the store"))  # key in metrics.jsonl, what for
 _WORTH_SAYING = 1e-3  # of the time of training, at least, are waits that are shown
 
 Floats = NDArray[np.float64]
@@ -76,11 +77,11 @@ def class_errors(records: Records, classes: int) -> tuple[Counts, Counts]:
     return count_C, np.bincount(label_N[wrong_N], minlength=classes)
 
 
-def waits_for_store(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds that training waited for the store in all; None if it is nothing worth saying."""
-    waited_s = sum(line.get("store_wait_s", 0.0) for line in lines)
+def waits(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float]]:
+    """(key, what for, seconds in all) of the waits of training that are worth saying."""
     trained_s = sum(line.get("train_s", 0.0) for line in lines)
-    return waited_s if waited_s and waited_s >= _WORTH_SAYING * trained_s else None
+    found = [(key, what, sum(line.get(key, 0.0) for line in lines)) for key, what in _WAITS]
+    return [wait for wait in found if wait[2] and wait[2] >= _WORTH_SAYING * trained_s]
 
 
 def thin(*curves_N: NDArray[Any], most: int = 1000) -> list[NDArray[Any]]:

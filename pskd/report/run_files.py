@@ -1,9 +1,11 @@
 """What a run directory says about a run, complete or not, for whoever looks at it."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -11,12 +13,20 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from pskd.data.sections import described
 from pskd.errors import PskdError
-from pskd.files import read_run_json, written_again
-from pskd.metrics import Records
-from pskd.report.origin import described
-from pskd.run_dir import Sections, read_result, read_status, saved_settings
+from pskd.files import rewritten, written_again
+from pskd.metrics import Records, measures
+from pskd.run_dir import (
+    Sections,
+    read_preprocessing,
+    read_result,
+    read_starts,
+    saved_settings,
+    standing,
+)
 
+_ROUNDING = 1e-6  # relative
 _IN_LINE = ("epoch", "top1_error", "images_per_s")
 
 Line = Mapping[str, Any]  # of metrics.jsonl
@@ -36,7 +46,6 @@ class RunFiles:
     settings: Sections
     lines: Sequence[Line]
     complete: bool
-    status: Mapping[str, Any]
     best: Line | None
     starts: Sequence[Mapping[str, Any]]
     class_names: Sequence[str] | None
@@ -66,7 +75,12 @@ class RunFiles:
     @property
     def bins(self) -> int:
         """Of the ECE."""
-        return int(self.settings.get("evaluation", {}).get("ece_bins", 10))
+        return bins_of(self.settings)
+
+
+def bins_of(settings: Sections) -> int:
+    """Of the ECE of a run, which an older version did not save."""
+    return int(settings.get("evaluation", {}).get("ece_bins", 10))
 
 
 def read(path: Path) -> RunFiles:
@@ -76,26 +90,29 @@ def read(path: Path) -> RunFiles:
         PskdError: it holds no run, or one without a finished epoch, or a file is damaged.
     """
     settings = saved_settings(path)
+    result = read_result(path) if (path / "result.json").exists() else None
     lines = _lines(path / "metrics.jsonl")
     if not lines:
-        raise PskdError(
-            f"{path} has no finished epoch yet: `train.py --run.dir {path}` goes on with it."
-        )
-    complete = (path / "result.json").exists()
-    if complete:
-        read_result(path)
+        if result is not None:
+            raise PskdError(f"{path / 'metrics.jsonl'}: no such file. {rewritten(path)}")
+        state, remedy = standing(path)
+        raise PskdError(f"{path} has no finished epoch yet ({state}). {remedy}")
     evaluated = [line for line in lines if line["top1_error"] is not None]
-    preprocessing = read_run_json(path / "preprocessing.json")
+    preprocessing = read_preprocessing(path)
+    class_names = None if preprocessing is None else preprocessing["class_names"]
+    records = None
+    if result is not None:
+        classes = None if class_names is None else len(class_names)
+        records = _records(path / "evaluation.npz", result["last"], classes, bins_of(settings))
     return RunFiles(
         path=path,
         settings=settings,
         lines=lines,
-        complete=complete,
-        status=read_status(path),
+        complete=result is not None,
         best=min(evaluated, key=lambda line: line["top1_error"], default=None),
-        starts=read_run_json(path / "env.json") or [],
-        class_names=None if preprocessing is None else preprocessing["class_names"],
-        records=_records(path / "evaluation.npz") if complete else None,
+        starts=read_starts(path),
+        class_names=class_names,
+        records=records,
     )
 
 
@@ -113,7 +130,15 @@ def _lines(path: Path) -> list[Line]:
     if not path.exists():
         return []
     with _whole(path):
-        return [_line(n, text) for n, text in enumerate(path.read_text().splitlines(), start=1)]
+        texts = path.read_text().splitlines()
+        lines = [_line(n, text) for n, text in enumerate(texts, start=1)]
+        for number, (before, line) in enumerate(pairwise(lines), start=2):
+            if line["epoch"] != before["epoch"] + 1:
+                raise ValueError(
+                    f"line {number} is of epoch {line['epoch'] + 1} and follows epoch "
+                    f"{before['epoch'] + 1}"
+                )
+        return lines
 
 
 def _line(number: int, text: str) -> Line:
@@ -128,14 +153,35 @@ def _line(number: int, text: str) -> Line:
     return dict(line)
 
 
-def _records(path: Path) -> Records | None:
+def _records(path: Path, last: Line, classes: int | None, bins: int) -> Records | None:
+    """last: the line of the epoch that they are of. classes: their number, if it is known."""
     if not path.exists():
         return None
     with _whole(path), np.load(path, allow_pickle=False) as arrays:
-        return Records(
+        records = Records(
             confidence_N=torch.from_numpy(arrays["confidence"]),
             nll_N=torch.from_numpy(arrays["nll"]),
             rank_N=torch.from_numpy(arrays["rank"]).long(),
             label_N=torch.from_numpy(arrays["label"]).long(),
             prediction_N=torch.from_numpy(arrays["prediction"]).long(),
+        )
+        _check(records, last, classes, bins)
+        return records
+
+
+def _check(records: Records, last: Line, classes: int | None, bins: int) -> None:
+    """Raises ValueError: damaged, or of another evaluation."""
+    if len({len(column_N) for column_N in vars(records).values()}) > 1:
+        raise ValueError("its arrays have different lengths")
+    classes = classes or 1 + int(max(records.label_N.max(), records.prediction_N.max()))
+    for name, class_N in (("label", records.label_N), ("prediction", records.prediction_N)):
+        if len(class_N) and not 0 <= int(class_N.min()) <= int(class_N.max()) < classes:
+            raise ValueError(f"a {name} is outside 0..{classes - 1}")
+    for key, value in measures(records, classes, bins).items():
+        known = last.get(key)
+        if value is None or known is None or math.isclose(value, known, rel_tol=_ROUNDING):
+            continue
+        raise ValueError(
+            f"it is of another evaluation: its {key} is {value:.6g}, that of epoch "
+            f"{last['epoch'] + 1} is {known:.6g}"
         )

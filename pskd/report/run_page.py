@@ -15,11 +15,11 @@ from pskd.files import write_atomically
 from pskd.metrics import Records
 from pskd.progress import counted
 from pskd.report import figures, points
-from pskd.report.origin import published
+from pskd.report.origin import published, yaml_value
 from pskd.report.page import Code, Drawing, Part, Section, Text, page
 from pskd.report.run_files import Line, RunFiles, read
 from pskd.report.table import MEASURE_COLUMNS, Table
-from pskd.run_dir import changes
+from pskd.run_dir import changes, standing
 
 if TYPE_CHECKING:  # at run time, only figures.py says what is missing
     from matplotlib.figure import Figure
@@ -117,11 +117,10 @@ def _lead(files: RunFiles) -> list[Part]:
     seed = files.settings.get("train", {}).get("seed")
     parts: list[Part] = [Text(f"{model} on {files.data}, method {method}, seed {seed}.")]
     if not files.complete:
-        state, reason = files.status.get("state", "of unknown state"), files.status.get("reason")
+        state, remedy = standing(files.path)
         planned = files.settings.get("train", {}).get("epochs")
-        text = f"Unfinished: {len(files.lines)} of {planned} epochs. The run is {state}"
-        text += f" ({reason})." if reason else "."
-        parts.append(Text(f"{text} `train.py --run.dir {files.path}` goes on with it.", True))
+        text = f"Unfinished: {len(files.lines)} of {planned} epochs. The run is {state}."
+        parts.append(Text(f"{text} {remedy}", True))
     if files.records is None:
         parts.append(Text(without_predictions([files]), True))
     return parts
@@ -160,12 +159,13 @@ def _schedules(files: RunFiles) -> Plot:
 
 def _of_predictions(files: RunFiles, records: Records, bins: int, drawer: Drawer) -> list[Section]:
     names = class_names(files, records)
+    other = "" if bins == files.bins else f", where the run's own ECE has {files.bins}"
     calibration = Plot(
         "reliability",
         figures.reliability({files.name: records}, bins),
         "Accuracy by confidence, with the number of samples in each bin.",
-        f"{counted(len(records), 'sample')} in {counted(bins, 'bin')}; "
-        "the dashed line is perfect calibration.",
+        f"{counted(len(records), 'sample')} in {counted(bins, 'bin')}{other}; the dashed line is "
+        "perfect calibration.",
     )
     confidences = Plot(
         "confidences",
@@ -241,11 +241,10 @@ def _throughput(files: RunFiles, drawer: Drawer) -> list[Part]:
         f"Median {median(rates):.0f} images/s, from {min(rates):.0f} to {max(rates):.0f} in "
         "single epochs."
     )
-    waited_s = points.waits_for_store(files.lines)
     alt = "Images a second by epoch."
-    if waited_s is not None:
-        text += f" The rank that waited longest waited {waited_s:.1f} s for the store in all."
-        alt = "Images a second, and waits for the store, by epoch."
+    for _, what, waited_s in points.waits(files.lines):
+        text += f" The rank that waited longest for {what} waited {waited_s:.1f} s in all."
+        alt = "Images a second, and waits, by epoch."
     plot = Plot("throughput", figures.throughput(files.lines), alt)
     return [drawer(plot), Text(text)]
 
@@ -307,10 +306,3 @@ def _starts(files: RunFiles) -> list[Part]:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def yaml_value(value: Any) -> str:
-    """As in the YAML file, but texts without quotes."""
-    if isinstance(value, str):
-        return value
-    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()

@@ -241,7 +241,10 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         content = files.read_manifest(directory / MANIFEST, VERSION)
     except ValueError as error:
-        raise PskdError(f"prediction store: {error}. Open another generation.") from error
+        raise PskdError(
+            f"prediction store: {error}. Restore it from a copy, or remove it: training does not "
+            "read it, and `pskd inspect` takes the generations that are left."
+        ) from error
     except OSError as error:
         raise PskdError(
             f"{directory} holds no finished generation of predictions ({error.strerror})."
