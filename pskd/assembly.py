@@ -17,7 +17,8 @@ from pskd.methods import registry
 from pskd.order import Plan
 from pskd.profiling import Profile
 from pskd.restore import Identity, Parts, resume
-from pskd.run_dir import RunDir, Start, Status
+from pskd.run_dir import RunDir, Start
+from pskd.run_status import Status
 from pskd.saver import Saver
 from pskd.sites import Sites
 from pskd.startup import Origin
@@ -69,7 +70,9 @@ def assemble(run: Accepted, model: nn.Module) -> tuple[Trainer, Position]:
     profile = None
     if config.run.profile and here.rank == 0:
         profile = Profile(directory.path, config.run.profile)
-    status = Status(directory, config.train.epochs, run.start.number) if run.sites.leads else None
+    status = (
+        Status(directory.path, config.train.epochs, run.start.number) if run.sites.leads else None
+    )
     log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
     trainer = Trainer(
         config=config,

@@ -18,9 +18,9 @@ import jsonargparse
 
 from pskd import recipe
 from pskd.config import Config, section_types
-from pskd.effect import ignored
 from pskd.errors import PskdError
 from pskd.fields import known
+from pskd.ignored_options import ignored
 from pskd.methods.sections import METHODS
 
 _DEFAULT_METHOD = "pskd"

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import yaml
 
 from pskd.data.sections import DataSection, ErasingSection, MixingSection
-from pskd.effect import ignored
 from pskd.fields import TAGS, content, default_of, known, numerics, output, require, speed
+from pskd.ignored_options import ignored
 from pskd.methods.sections import MethodSection
 from pskd.models import MODELS
 from pskd.store.registry import check_encoding

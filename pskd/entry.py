@@ -17,11 +17,7 @@ def main(argv: list[str]) -> int:
     try:
         config = command_line.load(argv)
     except PskdError as error:
-        if launch.local_rank() > 0:
-            launch.leave_the_last_word()
-        else:
-            sys.stderr.write(f"error: {error}\n")
-            sys.stderr.flush()
+        launch.refuse(error)
         return EXIT_FAILED
     from pskd import job  # noqa: PLC0415  (torch and DeepSpeed: 5 s)
 

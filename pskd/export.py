@@ -19,7 +19,7 @@ from pskd import models
 from pskd.errors import PskdError
 from pskd.fields import known
 from pskd.files import rewritten, write_atomically, written_again
-from pskd.run_dir import read_complete, read_preprocessing, read_result, saved_settings
+from pskd.run_records import read_complete, read_preprocessing, read_result, saved_settings
 from pskd.weights import (
     difference,
     export_path,

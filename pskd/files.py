@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,57 @@ from pskd.errors import PskdError
 _WRITTEN_AGAIN = ("result.json", "preprocessing.json")  # by the next start, though nothing is left
 
 
-class VersionError(ValueError):
-    """A file of another version of the program: not damaged, but not readable here."""
+HEAD_BYTES = 16
+_LENGTHS = struct.Struct("<II")
+
+
+class FormatError(ValueError):
+    """The bytes are not what the format says; the message names what differs."""
+
+
+class VersionError(FormatError):
+    """Whole, but of another version of the program."""
+
+
+def pack_head(magic: bytes, text: bytes) -> bytes:
+    """Magic (7 bytes and a version), u32 length and u32 crc32 of a JSON text, and the text."""
+    return magic + _LENGTHS.pack(len(text), zlib.crc32(text)) + text
+
+
+def parse_head(head: bytes, magic: bytes, what: str) -> tuple[int, int]:
+    """(length, crc) of the JSON text that follows the first 16 bytes. what: the kind of file.
+
+    Raises:
+        FormatError: of another kind.
+        VersionError: of another version.
+    """
+    if not magic.startswith(head[:7]):
+        raise FormatError(f"not {what} (magic differs)")
+    if len(head) < HEAD_BYTES:
+        raise FormatError(f"damaged: only {len(head)} bytes")
+    if head[7] != magic[7]:
+        raise VersionError(f"format version {head[7]}, this program reads version {magic[7]}")
+    length, crc = _LENGTHS.unpack_from(head, len(magic))
+    return length, crc
+
+
+def parse_text(text: bytes, crc: int) -> Any:
+    """The JSON of a head.
+
+    Raises:
+        FormatError: damaged.
+    """
+    if not text or zlib.crc32(text) != crc:
+        raise FormatError("damaged header (crc differs)")
+    return json.loads(text)
+
+
+def pwrite_all(file: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of it to a descriptor, however little a call takes."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, offset)
+        rest, offset = rest[written:], offset + written
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -34,6 +85,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_atomically`, of a JSON value."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_run_json(path: Path) -> Any:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from pskd import deepspeed_config, launch, models, run_dir, tracking, world
+from pskd import deepspeed_config, launch, models, run_status, tracking, world
 from pskd.assembly import Accepted, assemble
 from pskd.checkpoint import Position
 from pskd.config import Config
 from pskd.errors import EXIT_FAILED, AgreedError
 from pskd.failure import repeats, understand
 from pskd.fields import TAGS
-from pskd.loading import AnyCatalog, input_sizes, samples
+from pskd.loading import AnyCatalog, catalog_and_plan, input_sizes
 from pskd.models.probe import check_takes
 from pskd.startup import open_directory, register_start
 from pskd.trainer import Trainer
@@ -67,7 +67,7 @@ class Job:
         with here.together():
             if here.rank == 0:
                 tracking.check(config.tracking)
-        catalog, plan = samples(config, here)
+        catalog, plan = catalog_and_plan(config, here)
         model = network(config, catalog, here)
         settings = deepspeed_settings(config, here)
         directory, sites = open_directory(config, settings, here)
@@ -83,7 +83,7 @@ class Job:
         first, told = self.start is None, False
         if self.path is not None and self.start is not None:
             try:
-                earlier = run_dir.fail(self.path, self.start, failure.reason)
+                earlier = run_status.fail(self.path, self.start, failure.reason)
                 first = earlier is None
                 told = earlier is not None and repeats(failure.reason, earlier)
             except OSError as trouble:

@@ -8,9 +8,12 @@ import ctypes
 import os
 import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from pskd.errors import AgreedError, PskdError
 
 _PR_SET_PDEATHSIG = 1
 _LAST_WORD_S = 5.0
@@ -49,6 +52,18 @@ def leave_the_last_word() -> None:
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training may have made it a mere request
     time.sleep(_LAST_WORD_S)
+
+
+def refuse(error: PskdError) -> None:
+    """Say why this process ends: once for all ranks if they agreed on it, else once a node.
+
+    The others leave the last word. A node's ranks have one command line and one file system.
+    """
+    if (rank() if isinstance(error, AgreedError) else local_rank()) > 0:
+        leave_the_last_word()
+    else:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
 
 
 def from_environment() -> Launch:

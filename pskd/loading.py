@@ -26,9 +26,9 @@ _HEAD_START_S = 0.2
 AnyCatalog = Catalog | FolderCatalog
 
 
-def samples(config: Config, here: "World") -> tuple[AnyCatalog, Plan]:
-    """The samples, equal on all ranks, and how they are dealt out."""
-    catalog = read(config.data, here)
+def catalog_and_plan(config: Config, here: "World") -> tuple[AnyCatalog, Plan]:
+    """Collective: the samples, and how they are dealt out."""
+    catalog = agreed_catalog(config.data, here)
     plan = Plan(
         n=len(catalog.train),
         global_batch=config.train.batch_size,
@@ -41,8 +41,10 @@ def samples(config: Config, here: "World") -> tuple[AnyCatalog, Plan]:
     return catalog, plan
 
 
-def read(section: DataSection, here: "World", *, validation_only: bool = False) -> AnyCatalog:
-    """The samples, equal on all ranks.
+def agreed_catalog(
+    section: DataSection, here: "World", *, validation_only: bool = False
+) -> AnyCatalog:
+    """Collective: the samples, equal on all ranks.
 
     validation_only: of a folder, `val/` or one of classes will do; it stands for both splits.
     """
@@ -56,7 +58,7 @@ def read(section: DataSection, here: "World", *, validation_only: bool = False) 
     for now in range(3) if section.download else [turn]:
         with here.together():
             if turn == now:
-                catalog = catalog_of(section, validation_only=validation_only)
+                catalog = local_catalog(section, validation_only=validation_only)
     with here.together():
         _check_classes(section, catalog)
     fingerprints = here.gather(catalog.fingerprint)
@@ -108,8 +110,8 @@ def loader(config: Config, here: "World", catalog: AnyCatalog, *, peers: bool) -
     return DaliData(catalog, here.device, seed, options, peer)
 
 
-def catalog_of(section: DataSection, *, validation_only: bool = False) -> AnyCatalog:
-    """As `read`, by a process of its own.
+def local_catalog(section: DataSection, *, validation_only: bool = False) -> AnyCatalog:
+    """The samples, as this process alone finds them.
 
     Raises:
         PskdError: the samples are missing or damaged.

@@ -16,8 +16,6 @@ lock             held by rank 0 of the running job
 import fcntl
 import io
 import json
-import logging
-import math
 import os
 import platform
 import re
@@ -25,8 +23,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -36,18 +33,9 @@ import yaml
 
 from pskd.config import Config
 from pskd.errors import PskdError
-from pskd.files import read_run_json, rewritten, write_atomically, written_again, yaml_defect
-from pskd.recipe import PUBLISHED_MEASURES
-
-HEARTBEAT_S = 5.0
-
-_IN_PREPROCESSING = ("class_names", "height", "width", "mean", "std")
-_FORGET_STARTS = "Restore it from a copy; without it, the next start begins the list anew."
-_IN_RESULT = ("epoch", *PUBLISHED_MEASURES)
-
-log = logging.getLogger("pskd")
-
-Sections = Mapping[str, Mapping[str, Any]]
+from pskd.files import read_run_json, write_atomically, write_json, yaml_defect
+from pskd.run_records import begun_anew, changes, read_starts
+from pskd.run_status import read_status
 
 
 class Start(NamedTuple):
@@ -56,15 +44,6 @@ class Start(NamedTuple):
     number: int
     run: str
     changes: list[str]
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, in words; None stands for what is missing."""
-    return [
-        f"{key} was {before.get(key)}, now {now.get(key)}"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
-    ]
 
 
 class RunDir:
@@ -136,8 +115,8 @@ class RunDir:
         )
 
     def write_json(self, name: str, value: Any) -> None:
-        """Replace a JSON file, atomically."""
-        write_atomically(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+        """As `files.write_json`."""
+        write_json(self.path / name, value)
 
     def write_arrays(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replace an .npz file, atomically; `numpy.load` reads it."""
@@ -167,7 +146,7 @@ class RunDir:
             saved = dict(yaml.safe_load(path.read_text()))
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise PskdError(
-                f"{path} is damaged ({yaml_defect(error)}). {_begun_anew(self.path)}"
+                f"{path} is damaged ({yaml_defect(error)}). {begun_anew(self.path)}"
             ) from error
         defaults = config.defaults()  # of keys that are younger than the run
         now, before = config.values("numerics"), {}
@@ -243,213 +222,9 @@ class RunDir:
         return f"{time.time() - status['heartbeat']:.0f} s ago" if status else "never"
 
 
-class Status:
-    """status.json: the truth about the run, for launch scripts and health checks.
-
-    state: running | stopped | complete | failed. start: number of the start that wrote it.
-    heartbeat: Unix time of the last progress, s.
-    """
-
-    def __init__(self, run: RunDir, epochs: int, start: int) -> None:
-        self._run = run
-        self._value: dict[str, Any] = {
-            "state": "running",
-            "reason": None,
-            "epoch": 0,
-            "epochs": epochs,
-            "step": 0,
-            "start": start,
-            "host": platform.node(),
-            "pid": os.getpid(),
-        }
-        self._next_beat = 0.0
-
-    def beat(self, epoch: int, step: int) -> None:
-        """Note progress; written at most every few seconds, and worth no failure."""
-        now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + HEARTBEAT_S
-            try:
-                self.write("running", None, epoch, step)
-            except OSError as error:
-                log.warning("no heartbeat in %s: %s", self._run.path, error.strerror)
-
-    def write(self, state: str, reason: str | None, epoch: int, step: int) -> None:
-        """Replace the file, unless a rank of this start has written there that it failed."""
-        self._value.update(state=state, reason=reason, epoch=epoch, step=step)
-        with _status_lock(self._run.path):
-            now = read_status(self._run.path)
-            if now.get("state") == "failed" and now.get("start") == self._value["start"]:
-                return
-            self._run.write_json("status.json", {**self._value, "heartbeat": time.time()})
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """What status.json says; nothing if it is missing, or damaged, as a full disk may leave it.
-
-    Damage is mended by the next write, so that it keeps no run from going on.
-    """
-    try:
-        status = json.loads((run / "status.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
-def fail(path: Path, start: int, reason: str) -> str | None:
-    """Any rank: say in status.json why this start of the run failed.
-
-    Returns None if this rank was the first to say so, else the reason that stands there. A process
-    left over from an earlier start says nothing.
-    """
-    run = RunDir(path)
-    with _status_lock(path):
-        now = read_status(path)
-        known = now.get("start", -1)
-        if known > start or (known == start and now["state"] != "running"):
-            return str(now.get("reason") or "")
-        failed = {**now, "state": "failed", "reason": reason, "start": start}
-        failed["heartbeat"] = time.time()
-        try:
-            run.write_json("status.json", failed)
-        except OSError:  # a full disk: there is no room for a second file, but in the old one
-            (path / "status.json").write_text(json.dumps(failed))
-        return None
-
-
-def standing(run: Path) -> tuple[str, str]:
-    """(how far a run is that has not ended well, how to finish it), in words."""
-    status, resume = read_status(run), f"`train.py --run.dir {run}` resumes it."
-    if "epochs" not in status:
-        return "of unknown state", resume
-    state, epochs = status["state"], status["epochs"]
-    text = f"{state} in epoch {min(status['epoch'] + 1, epochs)} of {epochs}"
-    if state == "running":
-        text += f", last heartbeat {time.time() - status['heartbeat']:.0f} s ago"
-        return text, f"Wait for its end; or if it was killed, {resume}"
-    reason = status.get("reason")
-    return (f"{text}: {str(reason).rstrip('.')}" if reason else text), resume
-
-
-def read_complete(run: Path, name: str) -> Any:
-    """The content of a JSON file that every complete run has.
-
-    Raises:
-        PskdError: there is none, or it is damaged.
-    """
-    content = read_run_json(run / name)
-    if content is None:
-        saved_settings(run)  # is it a run at all
-        if read_status(run).get("state") == "complete":
-            raise PskdError(f"{run} is complete, but its {name} is gone. {rewritten(run)}")
-        state, remedy = standing(run)
-        raise PskdError(f"{run} is not complete ({state}; it has no {name} yet). {remedy}")
-    return content
-
-
-def read_result(run: Path) -> dict[str, Any]:
-    """result.json of a complete run: the lines of its last and its best epoch, and more.
-
-    Raises:
-        PskdError: there is none, or it is damaged.
-    """
-    result = read_complete(run, "result.json")
-    for name in ("last", "best"):
-        line = result.get(name) if isinstance(result, dict) else None
-        wrong = f"lacks {name}"
-        if isinstance(line, dict):
-            wrong = ", ".join(key for key in _IN_RESULT if not _is_measured(line, key))
-            wrong = f"has no {wrong} in {name}" if wrong else ""
-        if wrong:
-            raise PskdError(f"{run / 'result.json'} {wrong}. {written_again(run)}")
-    return dict(result)
-
-
-def read_preprocessing(run: Path) -> dict[str, Any] | None:
-    """preprocessing.json (see `data/preprocessing.py`), or None: of an older version.
-
-    Raises:
-        PskdError: it is damaged.
-    """
-    about = read_run_json(run / "preprocessing.json")
-    if about is None:
-        return None
-    lacking = [key for key in _IN_PREPROCESSING if not isinstance(about, dict) or key not in about]
-    if lacking:
-        path = run / "preprocessing.json"
-        raise PskdError(f"{path} lacks {', '.join(lacking)}. {written_again(run)}")
-    return dict(about)
-
-
-def read_starts(run: Path) -> list[dict[str, Any]]:
-    """The starts of env.json; none if it is not there.
-
-    Raises:
-        PskdError: it is damaged.
-    """
-    starts: list[dict[str, Any]] | None = read_run_json(run / "env.json")
-    if starts is None:
-        return []
-    whole = isinstance(starts, list) and all(
-        isinstance(start, dict) and isinstance(start.get("facts"), dict) for start in starts
-    )
-    if not whole or not starts:
-        path = run / "env.json"
-        raise PskdError(f"{path} holds no starts of a run. {_FORGET_STARTS}")
-    return starts
-
-
-def _is_measured(line: Mapping[str, Any], key: str) -> bool:
-    """A number; of fewer than five classes, there is no top-5 error."""
-    value = line.get(key, "")
-    if isinstance(value, int | float):
-        return not math.isnan(value)
-    return value is None and key == "top5_error"
-
-
-def saved_settings(run: Path) -> Sections:
-    """The sections of config.yaml.
-
-    Raises:
-        PskdError: there is none, or it is damaged.
-    """
-    path = run / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise PskdError(
-            f"{run} is no run directory ({error.strerror}: config.yaml). Name one that training "
-            "has made."
-        ) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise PskdError(
-            f"{path} cannot be read ({yaml_defect(error)}). {_begun_anew(run)}"
-        ) from error
-    whole = isinstance(settings, dict) and isinstance(settings.get("run"), dict)
-    if not whole or not all(isinstance(section, dict) for section in settings.values()):
-        raise PskdError(f"{path} holds no sections of a run's configuration. {_begun_anew(run)}")
-    sections: Sections = settings
-    return sections
-
-
-def _begun_anew(run: Path) -> str:
-    """The remedy for a damaged config.yaml."""
-    return (
-        f"Restore it from a copy, or remove it and start `train.py --run.dir {run}` with the flags "
-        "that the run began with, as env.json has them: that writes it again."
-    )
-
-
 def _of_the_run(settings: dict[str, Any]) -> dict[str, Any]:
     """Without what follows from the number of ranks, which may change."""
     return {k: v for k, v in settings.items() if k != "train_micro_batch_size_per_gpu"}
-
-
-@contextmanager
-def _status_lock(path: Path) -> Iterator[None]:
-    with (path / "status.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def new_path(root: Path, label: str) -> Path:

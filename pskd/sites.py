@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pskd.errors import AgreedError, PskdError
-from pskd.files import sync_directory, write_atomically
+from pskd.files import pwrite_all, sync_directory, write_atomically
 from pskd.world import World
 
 _BLOCK_BYTES = 1 << 24
@@ -133,7 +133,7 @@ class Sites:
             try:
                 if failure is None and last > have:
                     skip = max(have - first, 0)
-                    _write_all(file, content[skip:], first + skip)
+                    pwrite_all(file, content[skip:], first + skip)
             except OSError as error:
                 failure = error
         if file >= 0:
@@ -185,12 +185,6 @@ def _read_all(file: int, path: Path, content: memoryview, offset: int) -> None:
         if count == 0:
             raise OSError(errno.EIO, "it is shorter than it was", str(path))
         content, offset = content[count:], offset + count
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def _finish(file: int, failure: OSError | None, sync: bool) -> OSError | None:

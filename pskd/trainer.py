@@ -27,7 +27,8 @@ from pskd.metrics import MEASURES, Accumulator, Records, measures
 from pskd.order import Ids, Plan, Walk, epoch_order, where
 from pskd.profiling import Profile
 from pskd.progress import Progress, listed, readable
-from pskd.run_dir import RunDir, Status
+from pskd.run_dir import RunDir
+from pskd.run_status import Status
 from pskd.saver import Saver
 from pskd.schedule import lr_at
 from pskd.store.store import Store

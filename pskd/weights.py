@@ -91,8 +91,8 @@ def read_saved(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_written(path: Path, weights: Mapping[str, Tensor], sha256: str) -> None:
-    """Compare weights with the hash of those that were written.
+def check_written(path: Path, weights: Mapping[str, Tensor], sha256: str, remedy: str = "") -> None:
+    """Compare weights with the hash of those that were written. remedy: ends the message.
 
     Raises:
         PskdError: they differ.
@@ -100,6 +100,7 @@ def check_written(path: Path, weights: Mapping[str, Tensor], sha256: str) -> Non
     if _sha256(weights) != sha256:
         raise PskdError(
             f"{path} is damaged: its weights are not those that were written (sha256 differs)."
+            f"{remedy}"
         )
 
 

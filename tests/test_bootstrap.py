@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from pskd import bootstrap, temperature
 from pskd.errors import PskdError
+from pskd.evaluation import bootstrap, temperature
 from pskd.metrics import MEASURES, Records, measures, per_sample, summarize
 
 untimed = settings(deadline=None, max_examples=40)

@@ -595,7 +595,7 @@ def test_a_bad_image_that_is_met_in_a_later_epoch_names_that(small):
     walk = Walk(plan, SEED, 2, 0)
     data = DaliData(catalog, CPU, SEED, changed(WHOLE, prefetch=1))
     data.begin(walk, 0, 0)
-    with pytest.raises(PskdError, match=rf"\(sample {bad}\) .* in epoch 1, step 2\b"):
+    with pytest.raises(PskdError, match=rf"\(sample {bad}\) .* in epoch 2, step 3\b"):
         for micro in walk.start(0, 0):
             data.train_batch(micro)
             if (micro.epoch, micro.step) == (1, 0):
@@ -618,7 +618,7 @@ def test_a_bad_image_is_substituted_and_no_other_sample_notices(small, kind, aug
     for epoch, line in enumerate(said):
         step, _ = place_of(catalog, plan, bad, epoch)
         assert f"{catalog.train.path(bad)} (sample {bad})" in line
-        assert f"epoch {epoch}, step {step}" in line
+        assert f"in epoch {epoch + 1}, step {step + 1}:" in line
 
 
 def substituted_run(catalog, options, plan, bad, clean, epochs=2):
@@ -825,7 +825,7 @@ def test_a_file_that_has_gone_stops_even_where_bad_images_are_substituted(small,
             data.train_batch(micro)
             if (micro.epoch, micro.step) == (1, 2):  # known to be bad, then gone
                 damage(path, kind)
-    assert f"image {path} (sample 7), in epoch 2" in str(caught.value)
+    assert f"image {path} (sample 7), in epoch 3" in str(caught.value)
 
 
 @pytest.mark.parametrize("told", [False, True])

@@ -30,7 +30,7 @@ def seen(world, root, threads, prefetch, epoch, step):
         "--schedule.milestones=[]",
     ]
     config = command_line.load(flags)
-    catalog, plan = loading.samples(config, world)
+    catalog, plan = loading.catalog_and_plan(config, world)
     data = loading.loader(config, world, catalog, peers=True)
     mix = loading.mixer(config)
     walk = Walk(plan, config.train.seed, EPOCHS, world.rank)

@@ -616,7 +616,7 @@ def test_ranks_take_turns_to_fetch(cifar, tmp_path, monkeypatch):
     def fingerprint(rank):
         place = {"rank": rank, "size": 2, "local_rank": rank, "local_size": 2}
         here = Rank(**place, device=torch.device("cpu"), control=None, timeout=None)
-        return loading.samples(config, here)[0].fingerprint
+        return loading.catalog_and_plan(config, here)[0].fingerprint
 
     monkeypatch.setattr(cifar.reader, "download", download)
     flags = (f"--data.root={tmp_path}/new", "--data.download=true", "--train.batch_size=4")

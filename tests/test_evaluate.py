@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from pskd import models, subject, temperature
+from pskd import models
 from pskd.cli import main
 from pskd.data import colour
 from pskd.data.sections import DataSection
 from pskd.errors import AgreedError, PskdError
-from pskd.evaluate import Request, on_ranks
+from pskd.evaluation import source as subject
+from pskd.evaluation import temperature
+from pskd.evaluation.evaluate import Request, on_ranks
+from pskd.evaluation.source import Source, Subject, renormalised, settings
 from pskd.export import export
 from pskd.metrics import MEASURES, summarize
 from pskd.report.evaluation import table
-from pskd.subject import Source, Subject, renormalised, settings
 from tests.forked import train
-from tests.launches import ROOT, result
+from tests.launches import ROOT, overwrite_weights, result
 from tests.photos import make_folder
 
 ASKED = Request(None, None, [], None, 0, None, None, None)
@@ -93,6 +95,18 @@ def test_an_export_has_the_figures_of_its_run_to_the_bit(pool, run, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_export_that_was_moved_knows_its_data(pool, run, tmp_path):
+    path, _ = export(run, which="best", kind="state-dict", output=tmp_path / "moved.pth")
+    found = evaluated(pool, 1, path)
+    expected = {name: pytest.approx(result(run)["best"][name]) for name in MEASURES}
+    assert found.raw.measures == expected
+    assert found.source == f"{path} on digits, 301 held out"
+    overwrite_weights(path)
+    message = evaluated(pool, 1, path)
+    assert message.startswith(f"{path} is damaged: its weights are not those that were written")
+    assert message.endswith("Export it again.")
+
+
 def test_a_run_in_bfloat16_of_averaged_weights_has_its_own_figures_to_the_bit(pool, tmp_path):
     run = tmp_path / "run"
     ema = ("--model.ema_decay=0.5", "--evaluation.weights=ema", "--engine.channels_last=true")
@@ -110,6 +124,7 @@ def test_a_run_in_bfloat16_of_averaged_weights_has_its_own_figures_to_the_bit(po
 def test_a_network_of_nan_is_refused_on_all_ranks(pool, run, tmp_path):
     content = torch.load(run / "models" / "checkpoint_2.pth", weights_only=True)
     content["net"]["linear.bias"][3] = float("nan")
+    del content["weights_sha256"]
     torch.save(content, tmp_path / "nan.pth")
     message = evaluated(pool, 2, tmp_path / "nan.pth", flags=["--data.name=digits"])
     assert f"{tmp_path / 'nan.pth'} on digits: the logits hold 360 NaN or +inf" in message
@@ -267,7 +282,7 @@ def test_foreign_weights_on_a_folder_have_one_result_on_any_number_of_ranks(pool
         file = tmp_path / f"{len(found)}.npz"
         asked = {"flags": flags_for(folder / root), "model": "resnet18", "output": file}
         each = evaluated(pool, world, folder / "two.pth", **asked)
-        found.append((each, file.read_bytes()))
+        found.append((replace(each, source=""), file.read_bytes()))
     assert found[0] == found[1]
     assert found[0][0].samples == 26
     with np.load(file) as arrays:

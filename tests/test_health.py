@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor, nn
 
-from pskd import entry, run_dir
+from pskd import entry, run_status
 from pskd.cli import main
 from pskd.health import STALE_S
 from pskd.models import MODELS
-from pskd.run_dir import RunDir, Status, fail
+from pskd.run_dir import RunDir
+from pskd.run_status import Status, fail
 from tests.launches import ROOT
 from tests.system import processes
 
@@ -36,7 +37,7 @@ def age(run, seconds):
 
 @pytest.mark.parametrize("state", ["stopped", "complete"])
 def test_a_run_that_has_ended_well_is_well_for_ever(run, capsys, state):
-    Status(run, epochs=2, start=0).write(state, None, 2, 0)
+    Status(run.path, epochs=2, start=0).write(state, None, 2, 0)
     age(run, 1e6)
     assert main(["health", str(run.path)]) == 0
     assert capsys.readouterr().out == f"{run.path}: {state}\n"
@@ -49,7 +50,7 @@ def test_no_run_yet_is_well(tmp_path, monkeypatch, capsys):
 
 
 def test_a_running_run_is_well_as_long_as_its_heart_beats(run, capsys):
-    Status(run, epochs=2, start=0).beat(1, 3)
+    Status(run.path, epochs=2, start=0).beat(1, 3)
     assert main(["health", str(run.path)]) == 0
     assert "running, last heartbeat 0 s ago" in capsys.readouterr().out
     age(run, 70)
@@ -61,7 +62,7 @@ def test_a_running_run_is_well_as_long_as_its_heart_beats(run, capsys):
 
 
 def test_a_failed_run_is_not_well_and_says_why(run, capsys):
-    Status(run, epochs=2, start=0).write("running", None, 1, 3)
+    Status(run.path, epochs=2, start=0).write("running", None, 1, 3)
     fail(run.path, 0, "the disk is full")
     assert main(["health", str(run.path)]) == 1
     assert capsys.readouterr().err == f"error: {run.path}: failed: the disk is full\n"
@@ -127,7 +128,7 @@ def build(num_classes: int) -> nn.Module:
 def train_noting(directory):
     """Train one epoch, whose evaluation takes several batches; a heartbeat at every chance."""
     os.environ["NOTED"] = str(directory / "noted")
-    run_dir.HEARTBEAT_S = 0.0
+    run_status.HEARTBEAT_S = 0.0
     MODELS["noting"] = (__name__, {})
     flags = (
         "--data.name=digits",

@@ -460,7 +460,7 @@ def alone():
 
 
 def samples_of(here, *flags):
-    return loading.samples(command_line.load([*FLAGS, *flags]), here)
+    return loading.catalog_and_plan(command_line.load([*FLAGS, *flags]), here)
 
 
 def test_the_samples_of_a_folder_are_as_configured(alone, folder):

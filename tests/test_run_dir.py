@@ -14,7 +14,8 @@ import yaml
 
 from pskd import command_line
 from pskd.errors import PskdError
-from pskd.run_dir import RunDir, Status, fail, new_path
+from pskd.run_dir import RunDir, new_path
+from pskd.run_status import Status, fail
 from tests.system import mounted, needs_root, processes
 
 
@@ -28,7 +29,7 @@ def own(path, owned):
 
 def write_status(path, first_written):
     """Rewrite status.json until killed."""
-    status = Status(RunDir(path), epochs=10**9, start=0)
+    status = Status(path, epochs=10**9, start=0)
     epoch = 0
     while True:
         status.write("running", "x" * (epoch % 3000), epoch, epoch)
@@ -298,7 +299,7 @@ class TestSmallFiles:
 
 class TestStatus:
     def test_it_says_where_the_run_is(self, run):
-        status = Status(run, epochs=9, start=0)
+        status = Status(run.path, epochs=9, start=0)
         status.write("stopped", "asked to", 3, 14)
         value = run.read_json("status.json")
         assert abs(value.pop("heartbeat") - time.time()) < 600
@@ -316,7 +317,7 @@ class TestStatus:
     def test_beats_are_written_every_few_seconds_only(self, run, monkeypatch):
         clock = iter([100.0, 104.9, 105.0, 109.9, 110.0])
         monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-        status, seen = Status(run, epochs=9, start=0), []
+        status, seen = Status(run.path, epochs=9, start=0), []
         for step in range(5):
             status.beat(0, step)
             seen.append(run.read_json("status.json")["step"])
@@ -333,7 +334,7 @@ class TestStatus:
         assert run.read_json("status.json")["epoch"] >= max(epochs)
 
     def test_of_failing_ranks_one_is_the_first(self, run):
-        Status(run, epochs=2, start=0).write("running", None, 1, 5)
+        Status(run.path, epochs=2, start=0).write("running", None, 1, 5)
         barrier, verdicts = processes.Barrier(4), processes.SimpleQueue()
         ranks = [
             processes.Process(target=fail_together, args=(run.path, f"rank {r}", barrier, verdicts))
@@ -353,7 +354,7 @@ class TestStatus:
 
     @pytest.mark.parametrize("state", ["complete", "stopped", "failed"])
     def test_a_run_that_ended_does_not_fail_any_more(self, run, state):
-        Status(run, epochs=2, start=0).write(state, "because", 2, 0)
+        Status(run.path, epochs=2, start=0).write(state, "because", 2, 0)
         assert fail(run.path, 0, "afterwards") is not None
         value = run.read_json("status.json")
         assert (value["state"], value["reason"]) == (state, "because")
@@ -366,14 +367,14 @@ class TestStatus:
 
     @pytest.mark.parametrize("state", ["stopped", "failed", "running"])
     def test_a_new_start_that_fails_replaces_what_the_old_one_said(self, run, state):
-        Status(run, epochs=2, start=0).write(state, "because", 1, 7)
+        Status(run.path, epochs=2, start=0).write(state, "because", 1, 7)
         assert fail(run.path, 1, "store damaged") is None
         value = run.read_json("status.json")
         assert (value["state"], value["reason"]) == ("failed", "store damaged")
         assert (value["epoch"], value["step"]) == (1, 7)
 
     def test_a_process_left_over_from_an_earlier_start_changes_nothing(self, run):
-        status = Status(run, epochs=2, start=1)
+        status = Status(run.path, epochs=2, start=1)
         status.write("running", None, 1, 4)
         assert fail(run.path, 0, "lost a peer, at last") is not None
         status.write("complete", None, 2, 0)
@@ -387,7 +388,7 @@ class TestStatus:
         assert fail(run.path, 0, "early") is None
         assert run.read_json("status.json")["reason"] == "early"
         path.write_bytes(content)
-        status = Status(run, epochs=2, start=1)
+        status = Status(run.path, epochs=2, start=1)
         status.beat(0, 3)
         assert run.read_json("status.json")["step"] == 3
         path.write_bytes(content)
@@ -403,7 +404,7 @@ class TestStatus:
     def test_a_full_disk_does_not_hide_the_failure(self, tmp_path):
         with mounted(tmp_path / "small") as disk:
             run = RunDir(disk.path)
-            Status(run, epochs=2, start=0).write("running", None, 1, 4)
+            Status(run.path, epochs=2, start=0).write("running", None, 1, 4)
             (disk.path / "status.lock").touch()
             disk.leave(0)
             assert fail(disk.path, 0, "no space for checkpoint") is None
@@ -411,7 +412,7 @@ class TestStatus:
 
     def test_a_beat_does_not_undo_another_ranks_failure(self, run):
         """Rank 0 trains on until it needs the rank that has just failed."""
-        status = Status(run, epochs=2, start=0)
+        status = Status(run.path, epochs=2, start=0)
         status.write("running", None, 1, 4)
         assert fail(run.path, 0, "rank 1: disk full") is None
         status.beat(1, 5)

@@ -103,7 +103,9 @@ def test_a_table_is_trained_resumed_and_set_beside_the_published_one(tmp_path):
     assert done.returncode == 0, done.stderr
     runs = [tmp_path / f"digits-pskd-seed{seed}" for seed in (0, 1)]
     table = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
-    assert [[cell.strip() for cell in row[:2]] for row in table[2:]] == [["digits-pskd", "2"]]
+    assert [[cell.strip() for cell in row[:2]] for row in table[2:]] == [
+        ["digits-pskd, schedule.milestones [], train.epochs 1", "2"]
+    ]
     errors = [result(run)["last"]["top1_error"] for run in runs]
     assert table[2][2].split()[0] == f"{sum(errors) / 2:.2f}"
     # Again: what is complete is not started, what is not goes on.
@@ -213,6 +215,20 @@ def test_only_runs_that_differ_in_their_seed_make_a_mean(tmp_path, capsys):
         [f"{recipe}, data.held_out 100, train.epochs 4", "1", "13.00"],
     ]
     assert main(["compare", "--by-recipe", *runs, made_run(tmp_path / "x", recipe, 1.0)]) == 0
+    taught = [
+        made_run(
+            tmp_path / f"taught {seed}",
+            "fashion-mnist-2k-tfkd_self",
+            5.0,
+            train={"seed": seed},
+            method={"name": "tfkd_self", "teacher": f"runs/baseline-seed{seed}"},
+        )
+        for seed in (0, 1)
+    ]
+    capsys.readouterr()
+    assert main(["compare", "--by-recipe", *taught]) == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith("| fashion-mnist-2k-tfkd_self | 2 ")
     again = made_run(tmp_path / "again", recipe, 1.0, train={"seed": 1, "epochs": 2}, method=method)
     assert main(["compare", "--by-recipe", *runs, again]) == 1
     assert f"{runs[1]} and {again} are runs of one recipe" in capsys.readouterr().err

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pskd.errors import DamagedError, PskdError
+from pskd.files import FormatError
 from pskd.store import format as fmt
-from pskd.store.format import HEADER_BYTES, Entry, FormatError, Header
+from pskd.store.format import HEADER_BYTES, Entry, Header
 from pskd.store.generation import Generation
 from pskd.store.registry import create_encoding
 from pskd.store.segment import SegmentReader, SegmentWriter

@@ -44,10 +44,10 @@ from pskd.data.folder import (
     shown,
 )
 from pskd.data.headers import Headers, Progress, read_headers
-from pskd.data.index_format import Arrays, FormatError
+from pskd.data.index_format import Arrays
 from pskd.data.labels import GroundTruth, PathList
 from pskd.errors import PskdError
-from pskd.files import write_atomically
+from pskd.files import FormatError, write_atomically
 
 NAME = ".pskd-index"  # beside the class folders
 

@@ -16,8 +16,6 @@ kill the process (SIGBUS).
 import json
 import mmap
 import os
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,17 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pskd.files import HEAD_BYTES, FormatError, pack_head, parse_head, parse_text
+
 VERSION = 1
 _MAGIC = b"PSKDIDX" + bytes([VERSION])
-_LENGTHS = struct.Struct("<II")
-_HEAD_BYTES = len(_MAGIC) + _LENGTHS.size
 _ALIGNMENT = 64
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-class FormatError(Exception):
-    """The bytes are not what the format says; the message names what differs."""
 
 
 def pack(facts: dict[str, Any], arrays: Arrays) -> bytes:
@@ -49,7 +43,7 @@ def pack(facts: dict[str, Any], arrays: Arrays) -> bytes:
         body += [bytes(gap), array.tobytes()]
         end += gap + array.nbytes
     text = json.dumps({**facts, "arrays": table}).encode("ascii")
-    head = _MAGIC + _LENGTHS.pack(len(text), zlib.crc32(text)) + text
+    head = pack_head(_MAGIC, text)
     return b"".join([head, bytes(_padding(len(head))), *body])
 
 
@@ -62,7 +56,7 @@ def read(path: Path) -> tuple[dict[str, Any], Arrays]:
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        facts, start = _parse_head(file.read(_HEAD_BYTES), size, file.read)
+        facts, start = _parse_head(file.read(HEAD_BYTES), size, file.read)
         ends = [offset + np.dtype(kind).itemsize * n for _, kind, offset, n in facts["arrays"]]
         if size != start + max(ends):
             raise FormatError(f"damaged: {size} bytes instead of {start + max(ends)}")
@@ -85,18 +79,10 @@ def is_foreign(path: Path) -> bool:
 
 def _parse_head(head: bytes, size: int, more: Callable[[int], bytes]) -> tuple[dict[str, Any], int]:
     """The JSON, which `more` reads, and where the arrays begin."""
-    if not _MAGIC.startswith(head[:7]):
-        raise FormatError("not an index (magic differs)")
-    if len(head) < _HEAD_BYTES:
-        raise FormatError(f"damaged: only {size} bytes")
-    if head[7] != VERSION:
-        raise FormatError(f"format version {head[7]}, this program reads version {VERSION}")
-    length, crc = _LENGTHS.unpack_from(head, len(_MAGIC))
-    text = more(min(length, size))
-    if zlib.crc32(text) != crc:
-        raise FormatError("damaged header (crc differs)")
-    end = _HEAD_BYTES + length
-    return json.loads(text), end + _padding(end)
+    length, crc = parse_head(head, _MAGIC, "an index")
+    facts = parse_text(more(min(length, size)), crc)
+    end = HEAD_BYTES + length
+    return facts, end + _padding(end)
 
 
 def _padding(position: int) -> int:

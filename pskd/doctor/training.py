@@ -11,7 +11,7 @@ from pskd.data.catalog import FOLDER
 from pskd.doctor.page import OK, WARNING, WRONG, Line
 from pskd.errors import PskdError
 from pskd.job import compare_configurations, deepspeed_settings, network
-from pskd.loading import samples
+from pskd.loading import catalog_and_plan
 from pskd.methods.sections import TFKDSelfSection
 from pskd.run_dir import RunDir
 from pskd.sites import Sites
@@ -55,7 +55,7 @@ def _samples_and_disk(
     try:
         # Looking changes nothing: what is not there is fetched by the run.
         local = replace(config, data=replace(config.data, download=False))
-        catalog, plan = samples(local, here)
+        catalog, plan = catalog_and_plan(local, here)
     except PskdError as error:
         if config.data.download:
             remedy = "Until then, what its run needs on the disk is not known."

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from pskd import command_line
 from pskd.config import Config
-from pskd.effect import ignored
 from pskd.errors import PskdError
-from pskd.loading import AnyCatalog, catalog_of
-from pskd.run_dir import RunDir, read_status, saved_settings, standing
+from pskd.ignored_options import ignored
+from pskd.loading import AnyCatalog, local_catalog
+from pskd.run_dir import RunDir
+from pskd.run_records import saved_settings
+from pskd.run_status import read_status, standing
 from pskd.store.generation import Generation, finished_epochs, generation_name, open_generation
 
 _READ = ("data.root", "data.index_path", "data.val_index_path")
@@ -59,7 +61,7 @@ def open_run(run: Path, flags: list[str]) -> Source:
     pasts = [Past(e, open_generation(store / generation_name(e))) for e in epochs[-2:]]
     last = pasts[-1]
     try:  # nothing is fetched: other data would come in the place of what is missing
-        catalog = catalog_of(replace(config.data, download=False))
+        catalog = local_catalog(replace(config.data, download=False))
     except PskdError as error:
         raise PskdError(
             f"the training samples of {run} cannot be read, and its store holds no labels: {error} "

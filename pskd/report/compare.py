@@ -11,7 +11,7 @@ from pskd.errors import PskdError
 from pskd.progress import counted
 from pskd.report.origin import changed, published
 from pskd.report.table import PUBLISHED_COLUMNS, Table
-from pskd.run_dir import read_preprocessing, read_result, saved_settings
+from pskd.run_records import read_preprocessing, read_result, saved_settings
 
 
 def comparison(runs: Sequence[Path]) -> Table:

@@ -4,9 +4,9 @@ import json
 import math
 from typing import Any
 
-from pskd.bootstrap import SEED
+from pskd.evaluation.bootstrap import SEED
+from pskd.evaluation.predictions import Figures, Part
 from pskd.metrics import MEASURES
-from pskd.predictions import Figures, Part
 from pskd.progress import counted
 from pskd.report.table import MEASURE_COLUMNS, markdown
 

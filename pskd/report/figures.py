@@ -164,17 +164,12 @@ def risk_coverage(runs: Mapping[str, Records]) -> Figure:
     with _style():
         figure = Figure(figsize=(7.6, 3.6))
         ax = figure.subplots()
+        dotted: dict[str, Any] = {"linestyle": (0, (1, 2)), "linewidth": 1.4}
         for name, records in runs.items():
             coverage, risk, optimum = points.thin(*points.risk_coverage(records))
             (line,) = ax.plot(coverage, 100 * risk, label=_label(name))
-            ax.plot(
-                coverage,
-                100 * optimum,
-                color=line.get_color(),
-                linestyle=(0, (1, 2)),
-                linewidth=1.4,
-            )
-        ax.plot([], [], color=_MIDDLE, linestyle=(0, (1, 2)), linewidth=1.4, label="optimum")
+            ax.plot(coverage, 100 * optimum, color=line.get_color(), **dotted)
+        ax.plot([], [], color=_MIDDLE, label="optimum", **dotted)
         ax.set_xlabel("coverage")
         ax.set_ylabel("risk: error % of what is covered")
         ax.set_xlim(0, 1)

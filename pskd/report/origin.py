@@ -34,10 +34,13 @@ def changed(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for section, kind in section_types(method):
         for field in dataclasses.fields(kind):
-            key, before = f"{section}.{field.name}", default_of(field)
-            value = settings.get(section, {}).get(field.name, own.get(key, before))
+            key = f"{section}.{field.name}"
+            before = own.get(key, default_of(field))
+            value = settings.get(section, {}).get(field.name, before)
+            if key == "model.init" and value is not None:
+                value = "a file"  # each seed may have its own
             decides = field.metadata["tag"] in ("numerics", "content") and key != "train.seed"
-            if decides and value != own.get(key, before):
+            if decides and before not in (value, ""):  # which has to be named: a teacher
                 found[key] = yaml_value(value)
     return found
 

@@ -17,14 +17,8 @@ from pskd.data.sections import described
 from pskd.errors import PskdError
 from pskd.files import rewritten, written_again
 from pskd.metrics import Records, measures
-from pskd.run_dir import (
-    Sections,
-    read_preprocessing,
-    read_result,
-    read_starts,
-    saved_settings,
-    standing,
-)
+from pskd.run_records import Sections, read_preprocessing, read_result, read_starts, saved_settings
+from pskd.run_status import standing
 
 _ROUNDING = 1e-6  # relative
 _IN_LINE = ("epoch", "top1_error", "images_per_s")

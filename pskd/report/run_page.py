@@ -19,7 +19,8 @@ from pskd.report.origin import published, yaml_value
 from pskd.report.page import Code, Drawing, Part, Section, Text, page
 from pskd.report.run_files import Line, RunFiles, read
 from pskd.report.table import MEASURE_COLUMNS, Table
-from pskd.run_dir import changes, standing
+from pskd.run_records import changes
+from pskd.run_status import standing
 
 if TYPE_CHECKING:  # at run time, only figures.py says what is missing
     from matplotlib.figure import Figure

@@ -27,6 +27,8 @@ import zlib
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from pskd.files import HEAD_BYTES, FormatError, pack_head, parse_head, parse_text
+
 VERSION = 2
 HEADER_BYTES = 4096
 PREFIX = struct.Struct("<4sIII")  # magic, crc, rows, zero
@@ -34,16 +36,7 @@ CRC_FROM = 8  # the crc covers the chunk from here on
 
 _MAGIC = b"PSKDSEG" + bytes([VERSION])
 _CHUNK_MAGIC = b"CHNK"
-_LENGTHS = struct.Struct("<II")
 _ID_BYTES = 8
-
-
-class FormatError(Exception):
-    """The bytes are not what the format says; the message names what differs."""
-
-
-class VersionError(FormatError):
-    """Whole, but of another version of the program."""
 
 
 class Entry(NamedTuple):
@@ -81,7 +74,7 @@ class Header:
     def pack(self) -> bytes:
         """The first 4096 bytes of the file."""
         text = json.dumps(asdict(self)).encode()
-        head = _MAGIC + _LENGTHS.pack(len(text), zlib.crc32(text)) + text
+        head = pack_head(_MAGIC, text)
         if len(head) > HEADER_BYTES:
             raise FormatError(f"header of {len(head)} bytes exceeds {HEADER_BYTES}")
         return head.ljust(HEADER_BYTES, b"\0")
@@ -96,15 +89,8 @@ def parse_header(head: bytes) -> Header:
     """
     if len(head) < HEADER_BYTES:
         raise FormatError(f"only {len(head)} of {HEADER_BYTES} header bytes")
-    if head[:7] != _MAGIC[:7]:
-        raise FormatError("not a PSKD segment (magic differs)")
-    if head[7] != VERSION:
-        raise VersionError(f"format version {head[7]}, this program reads version {VERSION}")
-    length, crc = _LENGTHS.unpack_from(head, len(_MAGIC))
-    text = head[16 : 16 + length]
-    if length == 0 or zlib.crc32(text) != crc:
-        raise FormatError("damaged header (crc differs)")
-    return Header(**json.loads(text))
+    length, crc = parse_head(head, _MAGIC, "a PSKD segment")
+    return Header(**parse_text(head[HEAD_BYTES : HEAD_BYTES + length], crc))
 
 
 def stride_of(row_bytes: int) -> int:

@@ -21,12 +21,18 @@ import torch
 from torch import Tensor
 
 from pskd.errors import DamagedError, PskdError
-from pskd.files import sync_directory
+from pskd.files import FormatError, VersionError, pwrite_all, sync_directory
 from pskd.order import Ids
 from pskd.store import format as fmt
 from pskd.store.format import Entry, Header
 
 Bytes = npt.NDArray[np.uint8]
+REMEDY = "Resume from an older checkpoint (see DIR/checkpoints), or start a new run."
+
+_WARM_S = 3e-5  # for a call, be it of a single row
+_WARM_S_PER_ROW = 4e-6  # a row of 2 kB comes from memory in 0.4 us, from a disk in 50 us or more
+_BLOCK_BYTES = 1 << 23
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _T = TypeVar("_T")
 
 
@@ -93,7 +99,7 @@ class SegmentWriter:
             self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
             try:
                 os.posix_fallocate(self._file, 0, fmt.room_bytes(expected_rows, header.stride))
-                self._write(header.pack(), 0)
+                pwrite_all(self._file, header.pack(), 0)
                 sync_directory(path.parent)
                 sync_directory(path.parent.parent)
             except OSError:
@@ -134,7 +140,7 @@ class SegmentWriter:
             return
         content, crc = chunk.seal(ids_B)
         try:
-            self._write(content, self._end)
+            pwrite_all(self._file, content, self._end)
         except OSError as error:
             raise explain(error, self._path) from error
         self._end += len(content)
@@ -157,13 +163,6 @@ class SegmentWriter:
             raise explain(error, self._path) from error
         finally:
             os.close(self._file)
-
-    def _write(self, data: bytes | memoryview, offset: int) -> None:
-        rest = memoryview(data)
-        while rest:
-            written = os.pwrite(self._file, rest, offset)
-            rest = rest[written:]
-            offset += written
 
 
 class SegmentReader:
@@ -190,7 +189,7 @@ class SegmentReader:
                 self._chunks = self._scan(file, entry, len(self._map))
             if for_read:
                 self._file = _open(path)
-        except (PermissionError, fmt.VersionError) as error:
+        except (PermissionError, VersionError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise PskdError(f"prediction store: {path}: {why}. {REMEDY}") from error
         except OSError as error:
@@ -202,7 +201,7 @@ class SegmentReader:
                     "docker run --ulimit nofile=65536."
                 ) from error
             raise DamagedError(f"prediction store: {path}: {error.strerror}.", REMEDY) from error
-        except fmt.FormatError as error:
+        except FormatError as error:
             raise DamagedError(f"prediction store: {path}: {error}.", REMEDY) from error
         # Small reads in random order: without it each would read megabytes around its place.
         self._map.madvise(mmap.MADV_RANDOM)
@@ -301,11 +300,11 @@ class SegmentReader:
             chunks.append((unit, n, chunk_crc))
             unit += fmt.chunk_units(n, stride)
             if fmt.HEADER_BYTES + unit * stride > size:
-                raise fmt.FormatError(f"truncated after {rows} of {entry.rows} rows")
+                raise FormatError(f"truncated after {rows} of {entry.rows} rows")
             rows += n
             crc = fmt.chain(crc, chunk_crc)
         if rows != entry.rows or crc != entry.crc:
-            raise fmt.FormatError("the chunks are not those that the checkpoint names")
+            raise FormatError("the chunks are not those that the checkpoint names")
         return chunks
 
     def _announce(self, units_B: npt.NDArray[np.int32]) -> None:
@@ -344,20 +343,13 @@ def give_back_room(path: Path) -> None:
             while end < size:
                 try:
                     rows, _ = fmt.parse_prefix(os.pread(file.fileno(), fmt.PREFIX.size, end))
-                except fmt.FormatError:
+                except FormatError:
                     break
                 end += fmt.chunk_units(rows, stride) * stride
             if end < size:
                 os.ftruncate(file.fileno(), end)
     except OSError as error:
         raise explain(error, path) from error
-
-
-_WARM_S = 3e-5  # for a call, be it of a single row
-_WARM_S_PER_ROW = 4e-6  # a row of 2 kB comes from memory in 0.4 us, from a disk in 50 us or more
-_BLOCK_BYTES = 1 << 23
-_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
-REMEDY = "Resume from an older checkpoint (see DIR/checkpoints), or start a new run."
 
 
 def explain(error: OSError, path: Path) -> PskdError:

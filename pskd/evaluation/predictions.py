@@ -18,9 +18,9 @@ import torch
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
-from pskd import bootstrap, temperature
 from pskd.data.catalog import smallest_hashes
 from pskd.errors import PskdError
+from pskd.evaluation import bootstrap, temperature
 from pskd.files import write_atomically
 from pskd.metrics import Accumulator, Records, check_values, measures, per_sample
 from pskd.progress import counted

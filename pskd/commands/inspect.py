@@ -31,10 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         PskdError: nothing to look at, with the reason; files cannot be written.
     """
-    from pskd.inspection.findings import find  # noqa: PLC0415
-    from pskd.inspection.source import open_run  # noqa: PLC0415
-    from pskd.report.inspection import text, write  # noqa: PLC0415
-    from pskd.report.inspection_page import inspection_page  # noqa: PLC0415
+    from pskd.inspection.findings import find
+    from pskd.inspection.source import open_run
+    from pskd.report.inspection import text, write
+    from pskd.report.inspection_page import inspection_page
 
     findings = find(open_run(arguments.run, arguments.settings))
     place = arguments.output or arguments.run / "inspect"

@@ -16,13 +16,8 @@ from pskd import launch, world
 from pskd.config import Config
 from pskd.data.sections import described
 from pskd.errors import PskdError
-from pskd.failure import is_lost_peer, is_out_of_memory
-from pskd.inference import choose_kernels
-from pskd.loading import AnyCatalog, loader
-from pskd.loading import read as read_samples
-from pskd.order import validation_ranges
-from pskd.predictions import Figures, Predictions, figures, read, split, write
-from pskd.subject import (
+from pskd.evaluation.predictions import Figures, Predictions, figures, read, split, write
+from pskd.evaluation.source import (
     Settings,
     Source,
     Subject,
@@ -32,6 +27,10 @@ from pskd.subject import (
     settings,
     subject,
 )
+from pskd.failure import is_lost_peer, is_out_of_memory
+from pskd.inference import choose_kernels
+from pskd.loading import AnyCatalog, agreed_catalog, loader
+from pskd.order import validation_ranges
 from pskd.world import World
 
 HELD_OUT = "held-out"
@@ -180,7 +179,7 @@ def _predict(
 ) -> Predictions | None:
     """Logits of the validation samples, in their order, on rank 0."""
     config = given.config
-    catalog = read_samples(config.data, here, validation_only=True)
+    catalog = agreed_catalog(config.data, here, validation_only=True)
     with here.together():
         catalog = fitting(judged, catalog, given, str(source))
     logits, labels = [], []

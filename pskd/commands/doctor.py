@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     if master is not None and launch.is_launched():
         raise PskdError(f"--master {master} is for a start without a launcher: leave it out.")
     where = None if master is None else _split(master)
-    from pskd import command_line  # noqa: PLC0415
+    from pskd import command_line
 
     config = command_line.load(arguments.settings)
-    from pskd.doctor.checks import Master, check  # noqa: PLC0415  (torch, DeepSpeed: 5 s)
+    from pskd.doctor.checks import Master, check
 
     ready = check(config, None if where is None else Master(*where), timeout_s)
     return EXIT_COMPLETE if ready else EXIT_FAILED

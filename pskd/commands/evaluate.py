@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
         PskdError: what cannot be evaluated, with the reason.
     """
     _check_one_source(arguments)
-    from pskd.evaluate import Request, evaluate  # noqa: PLC0415
-    from pskd.report.evaluation import as_json, table  # noqa: PLC0415
-    from pskd.subject import Source  # noqa: PLC0415
+    from pskd.evaluation.evaluate import Request, evaluate
+    from pskd.evaluation.source import Source
+    from pskd.report.evaluation import as_json, table
 
     source = None
     if arguments.logits is None:

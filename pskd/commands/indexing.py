@@ -1,4 +1,4 @@
-"""`pskd index`: what it does with a folder, and what it says about it."""
+"""What `pskd index` does with a folder, and what it says about it."""
 
 import argparse
 import logging

@@ -23,14 +23,8 @@ from pskd.files import read_run_json
 from pskd.inference import Inference
 from pskd.loading import AnyCatalog
 from pskd.models.probe import check_takes
-from pskd.run_dir import (
-    read_complete,
-    read_preprocessing,
-    read_starts,
-    read_status,
-    saved_settings,
-    standing,
-)
+from pskd.run_records import read_complete, read_preprocessing, read_starts, saved_settings
+from pskd.run_status import read_status, standing
 from pskd.weights import (
     check_written,
     difference,
@@ -279,7 +273,7 @@ def _of_export(source: Source, config: Config) -> Subject:
     network = models.build(facts["model"], facts["num_classes"])
     weights = weights_for(facts["model"], path)
     if beside is not None:
-        check_written(path, weights, beside["weights_sha256"])
+        check_written(path, weights, beside["weights_sha256"], " Export it again.")
     wrong = difference(network.state_dict(), weights)
     if wrong is not None:
         raise PskdError(f"{path} does not hold a {facts['model']}: {wrong}.")
