@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.photos import make_folder, make_nasty
 from tests.pool import Pool
 
 
@@ -32,3 +33,70 @@ def read_only_directory(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1M", "tmpfs", path], check=True)
     yield path
     subprocess.run(["umount", path], check=True)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    """105 images of 7 classes to train, 203 others to validate; of about 64 pixels."""
+    from tests.decoding import load
+
+    root = tmp_path_factory.mktemp("photos")
+    make_folder(root / "train", classes=7, per_class=15, median_side=64)
+    make_folder(root / "val", classes=7, per_class=29, median_side=64, seed=1)
+    return load(root)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """24 images of 3 classes, for damage. One folder is both splits."""
+    from tests.decoding import load
+
+    files = make_folder(tmp_path / "train", classes=3, per_class=8, median_side=80)
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    return load(tmp_path), files
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """40 photos of about 350 pixels, both splits."""
+    from tests.decoding import load
+
+    root = tmp_path_factory.mktemp("larger")
+    make_folder(root / "train", classes=4, per_class=10, median_side=350)
+    (root / "val").symlink_to(root / "train")
+    return load(root)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The user's cache directory, for this test only."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pskd"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of four small images."""
+    make_folder(tmp_path / "folder", classes=3, per_class=4, median_side=24)
+    return tmp_path / "folder"
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory):
+    """A folder of one class of files that need care, and what they are."""
+    root = tmp_path_factory.mktemp("nasty")
+    return root, make_nasty(root / "class")
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Six validation images, their ground truth, and both files of classes."""
+    from tests.indices import image, write_meta
+
+    numbers = [3, 1, 4, 2, 3, 1]
+    for k in range(6):
+        image(tmp_path / "val" / f"ILSVRC2012_val_{k + 1:08}.JPEG")
+    (tmp_path / "truth.txt").write_text("".join(f"{k}\n" for k in numbers))
+    write_meta(tmp_path / "meta.mat")
+    (tmp_path / "synsets.txt").write_text("n03 kit fox\nn02 red fox\nn01\nn04 wolf, or so\n\n")
+    return tmp_path

@@ -18,6 +18,7 @@ from pskd.data.index import NAME, places
 from pskd.order import Plan
 from pskd.store import open_generation
 from tests import forked
+from tests.decoding import PLAIN, SEED, batches, damage, load
 from tests.forked import ForkedJob
 from tests.launches import (
     Job,
@@ -34,7 +35,6 @@ from tests.photos import make_folder
 from tests.reading import changed
 from tests.refusals import assert_refused, refusal
 from tests.system import needs_root
-from tests.test_dali import PLAIN, SEED, batches, damage, load
 
 EPOCHS = 6
 SIZES = ("--data.image_size=32", "--data.validation_resize=36")
