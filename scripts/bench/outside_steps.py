@@ -74,7 +74,7 @@ def first_step(out: Path, flags: list[str]) -> None:
     here = world.start(config.run.timeout_s)
     stages.next("join the other ranks")
     of_job = {
-        "samples": "read the data (or its index)",
+        "catalog_and_plan": "read the data (or its index)",
         "network": "build the network",
         "open_directory": "open the run directory",
         "register_start": "compare it with the run",
