@@ -236,10 +236,10 @@ def test_a_crash_of_the_process_that_reads_is_told(folder, monkeypatch, tmp_path
 
 
 BUILD_SLOWLY = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from pskd.data.headers import read_headers
-from tests.indices import image, relatives, rewritten_later, same, saved, synthetic
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def progress(done, total):
     print("reads", flush=True)
     while True:  # a signal just before a long sleep would wait for its end

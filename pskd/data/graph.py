@@ -95,16 +95,7 @@ def make_pipeline(
     ahead: batches decoded ahead, else as the options say.
     Outputs: images float32 in the layout asked for, labels int64, colour maps float32.
     """
-    section = options.section
-    decoder: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if options.mixed:
-        decoder |= {
-            "device": "mixed",
-            "hw_decoder_load": section.hw_decoder_load,
-            "jpeg_fancy_upsampling": True,  # as the CPU's decoder does
-            "preallocate_width_hint": largest[0],
-            "preallocate_height_hint": largest[1],
-        }
+    section, decoder = options.section, _decoder(options, largest)
     plain = section.augment == "standard" or whole
     mean = [255 * m for m in colour.MEAN] if plain else [0.0]
     std = [255 * s for s in colour.STD] if plain else [255.0]
@@ -148,3 +139,18 @@ def make_pipeline(
         )
         pipeline.set_outputs(image, label, maps)
     return pipeline
+
+
+def _decoder(options: ImageOptions, largest: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments of the decoding operators."""
+    common: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    if not options.mixed:
+        return common
+    return {
+        **common,
+        "device": "mixed",
+        "hw_decoder_load": options.section.hw_decoder_load,
+        "jpeg_fancy_upsampling": True,  # as the CPU's decoder does
+        "preallocate_width_hint": largest[0],
+        "preallocate_height_hint": largest[1],
+    }

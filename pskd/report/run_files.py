@@ -88,7 +88,10 @@ def read(path: Path) -> RunFiles:
     lines = _lines(path / "metrics.jsonl")
     if not lines:
         if result is not None:
-            raise PskdError(f"{path / 'metrics.jsonl'}: no such file. {rewritten(path)}")
+            file = path / "metrics.jsonl"
+            if file.exists():
+                raise PskdError(f"{file} is empty. {written_again(path)}")
+            raise PskdError(f"{file}: no such file. {rewritten(path)}")
         state, remedy = standing(path)
         raise PskdError(f"{path} has no finished epoch yet ({state}). {remedy}")
     evaluated = [line for line in lines if line["top1_error"] is not None]
