@@ -1,8 +1,8 @@
 """Trained networks for other programs, and public checkpoints for ours: `pskd export | import`.
 
 Beside an export lies `<file>.json`: the network's name, the classes and preprocessing
-(`data/preprocessing.py`), the data that it was trained and measured on (config.yaml's section), the
-measures of its epoch, the hash of its weights.
+(`data/preprocessing.py`), the data that it was trained and measured on and how (sections of
+config.yaml), the measures of its epoch, the hash of its weights.
 """
 
 import importlib.util
@@ -63,7 +63,7 @@ def export(
         **facts,
         "weights_sha256": weights_sha256(model),
         "preprocessing": preprocessing,
-        "data": saved_settings(run).get("data"),
+        **{name: saved_settings(run).get(name) for name in ("data", "evaluation")},
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

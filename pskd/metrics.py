@@ -133,7 +133,7 @@ def measures(records: Records, num_classes: int, num_bins: int = 10) -> dict[str
     Raises ValueError for no samples, a non-finite confidence, a NaN or -inf nll, num_bins < 1.
     """
     records = records.to("cpu")
-    _check_records(records, num_bins)
+    check_records(records, num_bins)
     n = len(records)
     wrong_N = records.rank_N > 0
     aurc = _aurc(records.confidence_N, wrong_N)
@@ -274,7 +274,8 @@ def check_values(logits_NC: Tensor, labels_N: Tensor) -> None:
         )
 
 
-def _check_records(records: Records, num_bins: int) -> None:
+def check_records(records: Records, num_bins: int) -> None:
+    """Raises ValueError: no samples, or values that no logits give; names the first."""
     if num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}: give at least 1")
     if not len(records):

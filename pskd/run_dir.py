@@ -1,4 +1,4 @@
-"""The run directory: its paths, its lock, its status, what is logged in it.
+"""The run directory: its paths, its lock, what is written into it (read by `run_records.py`).
 
 config.yaml      the resolved configuration; ds_config.json: DeepSpeed's
 status.json      running | stopped | complete | failed, with reason, position, heartbeat

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pskd.files import write_json
+from pskd.files import rewritten, write_json
 
 HEARTBEAT_S = 5.0
 
@@ -97,11 +97,13 @@ def fail(path: Path, start: int, reason: str) -> str | None:
 def standing(run: Path) -> tuple[str, str]:
     """(how far a run is that has not ended well, how to finish it), in words."""
     status, resume = read_status(run), f"`train.py --run.dir {run}` resumes it."
-    if "epochs" not in status:
-        return "of unknown state", resume
-    state, epochs = status["state"], status["epochs"]
-    text = f"{state} in epoch {min(status['epoch'] + 1, epochs)} of {epochs}"
-    if state == "running":
+    text = str(status.get("state", "of unknown state"))
+    if text == "complete":
+        return "complete, but has lost what says so", rewritten(run)
+    if "epochs" in status:  # a start that failed early has none
+        epochs = status["epochs"]
+        text += f" in epoch {min(status['epoch'] + 1, epochs)} of {epochs}"
+    if status.get("state") == "running":
         text += f", last heartbeat {time.time() - status['heartbeat']:.0f} s ago"
         return text, f"Wait for its end; or if it was killed, {resume}"
     reason = status.get("reason")

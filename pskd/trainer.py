@@ -19,6 +19,7 @@ from pskd.data.mix import Mixer
 from pskd.data.transfer import to_device
 from pskd.engine import Engine
 from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError
+from pskd.files import sha256_of
 from pskd.guard import Guard, StopRequest
 from pskd.hashing import hash64
 from pskd.history import History
@@ -364,6 +365,7 @@ class Trainer:
                     "last": self.history.lines[-1],
                     "best": self.history.best,
                     "weights_sha256": weights_sha256(self.engine.model),
+                    "evaluation_sha256": sha256_of(self.run_dir.path / "evaluation.npz"),
                     "images_not_decoded": self.history.absent,
                 }
                 self.run_dir.write_json("result.json", result)

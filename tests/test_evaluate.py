@@ -188,21 +188,28 @@ def test_the_samples_that_are_measured_are_refused_under_any_name(pool, run, tmp
     arrays = dict(np.load(best))
     arrays["logits"] = arrays["logits"] + np.arange(10, dtype=np.float32)
     np.savez(best, **arrays)
-    foreign = tmp_path / "without_samples.npz"
-    np.savez(foreign, logits=arrays["logits"], labels=arrays["labels"])
+    order = np.random.default_rng(0).permutation(301)
+    mixed = tmp_path / "in_another_order.npz"
+    np.savez(mixed, **{name: array[order] for name, array in arrays.items()})
+    foreign = tmp_path / "of_another_program.npz"
+    np.savez(foreign, logits=arrays["logits"], labels=arrays["labels"].astype(np.uint32))
     for fit in (file, best, foreign):
         message = evaluated(pool, 1, run, fit=fit)
-        assert f"--fit {fit}: 301 of its samples are among those that are measured" in message
+        assert f"--fit {fit}: its labels are those of what is measured, {run} (last)" in message
+    message = evaluated(pool, 1, run, fit=mixed)
+    assert f"--fit {mixed}: 301 of its samples are among those that are measured" in message
+    np.savez(mixed, **arrays | {"pskd_samples": np.arange(301)})
+    assert "`pskd_samples` is not what `pskd evaluate` writes" in evaluated(pool, 1, run, fit=mixed)
 
 
 def test_as_many_samples_of_each_class_in_order_may_be_others(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in ("test", "validation"):
         labels = np.repeat(np.arange(5), 10)
-        np.savez(tmp_path / f"{name}.npz", logits=rng.normal(size=(50, 5)), labels=labels)
+        logits = rng.normal(size=(50, 5)) + 2 * np.eye(5)[labels]
+        np.savez(tmp_path / f"{name}.npz", logits=logits, labels=labels)
     words = ["evaluate", "--logits", str(tmp_path / "test.npz"), "--fit"]
-    main([*words, str(tmp_path / "validation.npz")])
-    assert "are among those that are measured" not in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "validation.npz")]) == 0, capsys.readouterr().err
     assert main([*words, str(tmp_path / "test.npz")]) == 1
     assert "50 of its samples are among those that are measured" in capsys.readouterr().err
 

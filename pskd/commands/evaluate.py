@@ -49,7 +49,10 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
         "--fit", type=Path, metavar="FILE.npz", help="or on these logits and labels"
     )
     evaluate.add_argument(
-        "--output", type=Path, metavar="FILE.npz", help="write logits (float32) and labels"
+        "--output",
+        type=Path,
+        metavar="FILE.npz",
+        help="write logits (float32), labels, and which samples they are",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object only")
 
@@ -67,7 +70,7 @@ def _resamples(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate, and print on rank 0. settings: flags of train.py, see `subject.settings`.
+    """Evaluate, and print on rank 0. settings: flags of train.py, see evaluation/source.py.
 
     Raises:
         PskdError: what cannot be evaluated, with the reason.

@@ -58,11 +58,11 @@ class EncodedSplit:
         return EncodedSplit(self.index, self.rows_N[rows])
 
     def digests(self) -> npt.NDArray[np.uint64]:
-        """A hash of path below the root, size and label of each sample, (N,)."""
-        rows = self.rows_N.tolist()
+        """A hash of path, from the last folder of the root on, size and label of each, (N,)."""
+        rows, root = self.rows_N.tolist(), os.fsencode(self.index.root.name)
         sizes, labels = self.index.bytes_N[self.rows_N].tolist(), self.labels_N.tolist()
         return digests(
-            (self.index.relative(row) + b"/%d" % size, label)
+            (b"%s/%s/%d" % (root, self.index.relative(row), size), label)
             for row, size, label in zip(rows, sizes, labels, strict=True)
         )
 

@@ -26,6 +26,7 @@ from pskd.metrics import Accumulator, Records, check_values, measures, per_sampl
 from pskd.progress import counted
 
 _BLOCK_ROWS = 4096
+_SAMPLES = "pskd_samples"
 _TELLING = 20  # labels, at least, to know samples by
 _EXPECTED = (
     "Name one with the arrays `logits` (N, C), floating-point, and `labels` (N,), integers, as "
@@ -81,7 +82,7 @@ class Figures:
 def read(path: Path, flag: str) -> Predictions:
     """`logits` (N, C) and `labels` (N,) of an .npz file of any framework, values checked.
 
-    Also `samples` (N,), of a file that `write` wrote.
+    Also the samples' digests (N,), of a file that `write` wrote.
 
     flag: which named it.
 
@@ -99,16 +100,17 @@ def read(path: Path, flag: str) -> Predictions:
         raise PskdError(f"{source} is no .npz file. {_EXPECTED}")
     with arrays:
         logits_NC, labels_N = (_tensor(arrays, name, source) for name in ("logits", "labels"))
-        digests_N = None
-        if "samples" in arrays:
-            digests_N = _tensor(arrays, "samples", source).numpy()
+        digests_N = _tensor(arrays, _SAMPLES, source).numpy() if _SAMPLES in arrays else None
+    written = digests_N is None or digests_N.dtype == np.uint64
+    if not written or (digests_N is not None and digests_N.shape != labels_N.shape):
+        raise PskdError(f"{source}: `{_SAMPLES}` is not what `pskd evaluate` writes. {_EXPECTED}")
     predictions = Predictions(logits_NC, labels_N, source, digests_N)
     _check(predictions)
     return predictions
 
 
 def write(path: Path, predictions: Predictions) -> None:
-    """An .npz file of `logits` (float32), `labels` (int32) and, if known, `samples` (uint64).
+    """An .npz file of `logits` (float32), `labels` (int32) and, if known, `pskd_samples` (uint64).
 
     Raises:
         PskdError: it cannot be written.
@@ -119,7 +121,7 @@ def write(path: Path, predictions: Predictions) -> None:
         "labels": predictions.labels_N.to(torch.int32).numpy(),
     }
     if predictions.digests_N is not None:
-        arrays["samples"] = predictions.digests_N
+        arrays[_SAMPLES] = predictions.digests_N
     np.savez(content, **arrays)
     try:
         write_atomically(path, content.getbuffer())
@@ -235,15 +237,18 @@ def _check_others(predictions: Predictions, fit: Predictions) -> None:
             f"{fit.source} has {fit.logits_NC.shape[1]} classes, {predictions.source} has "
             f"{predictions.logits_NC.shape[1]}: fit on predictions of the same network."
         )
-    n = min(len(predictions.labels_N), len(fit.labels_N))
+    if _same_order(predictions.labels_N.long(), fit.labels_N.long()):
+        raise PskdError(
+            f"{fit.source}: its labels are those of what is measured, {predictions.source}, in the "
+            "same order. A temperature is fitted on other samples: name held-out ones."
+        )
     if predictions.digests_N is not None and fit.digests_N is not None:
-        common = len(np.intersect1d(predictions.digests_N, fit.digests_N))
+        measured: set[Any] = set(predictions.digests_N.tolist())
+        fitted: set[Any] = set(fit.digests_N.tolist())
     else:
         measured, fitted = _rows(predictions), _rows(fit)
-        common, n = len(measured & fitted), min(len(measured), len(fitted))
-        if _same_order(predictions.labels_N, fit.labels_N):
-            common = n
-    if 2 * common >= n:  # a few may be twins
+    common = len(measured & fitted)
+    if 2 * common >= min(len(measured), len(fitted)):  # a few may be twins
         raise PskdError(
             f"{fit.source}: {common} of its samples are among those that are measured, "
             f"{predictions.source}. A temperature is fitted on other samples: name held-out ones."
@@ -257,7 +262,7 @@ def _same_order(labels_N: Tensor, others_N: Tensor) -> bool:
     """
     changes = int((labels_N.diff() != 0).sum())
     return (
-        torch.equal(labels_N.long(), others_N.long())
+        torch.equal(labels_N, others_N)
         and len(labels_N) >= _TELLING
         and changes >= 2 * len(np.unique(labels_N.numpy()))
     )

@@ -206,8 +206,9 @@ def _saved(source: Source) -> dict[str, Any]:
     if source.run is not None:
         return dict(saved_settings(source.run))
     beside = None if source.model is not None else _described_beside(source.path)
-    data = None if beside is None else beside.get("data")
-    return {"data": data} if data else {}
+    if beside is None or not beside.get("data"):
+        return {}
+    return {name: beside[name] for name in ("data", "evaluation") if beside.get(name)}
 
 
 def _given(flags: list[str]) -> dict[str, str]:

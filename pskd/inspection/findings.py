@@ -188,7 +188,9 @@ def _notes(source: Source) -> list[str]:
             f"{source.trained} epochs are trained, but of the last one no predictions are there: "
             f"these are of epoch {last.epoch + 1}."
         )
-    if before is None:
+    if source.lost is not None:
+        notes.append(f"Nothing is known of flips. {source.lost}")
+    elif before is None:
         notes.append("Only one epoch is on disk, so nothing is known of flips.")
     elif before.epoch != last.epoch - 1:
         notes.append(f"Flips are between epochs {before.epoch + 1} and {last.epoch + 1}.")

@@ -6,13 +6,19 @@ from typing import NamedTuple
 
 from pskd import command_line
 from pskd.config import Config
-from pskd.errors import PskdError
+from pskd.errors import DamagedError, PskdError
 from pskd.ignored_options import ignored
 from pskd.loading import AnyCatalog, local_catalog
 from pskd.run_dir import RunDir
 from pskd.run_records import saved_settings
 from pskd.run_status import read_status, standing
-from pskd.store.generation import Generation, finished_epochs, generation_name, open_generation
+from pskd.store.generation import (
+    MANIFEST,
+    Generation,
+    finished_epochs,
+    generation_name,
+    open_generation,
+)
 
 _READ = ("data.root", "data.index_path", "data.val_index_path")
 
@@ -28,7 +34,8 @@ class Past(NamedTuple):
 class Source:
     """last: of the newest finished epoch. before: of the finished one before it, if still there.
 
-    trained: epochs that the run has finished, as its status says.
+    trained: epochs that the run has finished, as its status says. lost: what is wrong with the
+    generation before, if it cannot be used.
     """
 
     run: Path
@@ -37,6 +44,7 @@ class Source:
     last: Past
     before: Past | None
     trained: int
+    lost: str | None
 
 
 def open_run(run: Path, flags: list[str]) -> Source:
@@ -69,10 +77,27 @@ def open_run(run: Path, flags: list[str]) -> Source:
         ) from error
     for past in pasts:
         _check_same(run, catalog, past)
-        past.rows.verify()  # what is damaged would look like a label error
     before = pasts[0] if len(pasts) > 1 else None
+    damage = _damage(last)  # what is damaged would look like a label error
+    if damage is not None:
+        raise PskdError(
+            f"{damage} Restore the file from a copy; or remove {run}/store/"
+            f"{generation_name(last.epoch)}/{MANIFEST}, and the epoch before is inspected."
+        )
+    lost = None if before is None else _damage(before)
+    if lost is not None:
+        before = None
     trained = read_status(run).get("epoch", last.epoch + 1)
-    return Source(run, config, catalog, last, before, trained)
+    return Source(run, config, catalog, last, before, trained, lost)
+
+
+def _damage(past: Past) -> str | None:
+    """Every row is compared with its checksum."""
+    try:
+        past.rows.verify()
+    except DamagedError as error:
+        return error.what
+    return None
 
 
 def _no_predictions(run: Path, config: Config) -> PskdError:

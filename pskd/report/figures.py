@@ -5,7 +5,7 @@
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,8 +102,8 @@ def learning_curves(runs: Mapping[str, Sequence[Line]]) -> Figure:
         figure = Figure(figsize=(9.2, 2.5 * rows + (0.25 * math.ceil(len(runs) / 3))))
         axes = figure.subplots(rows, 3, squeeze=False).ravel()
         for ax, (key, title) in zip(axes, shown, strict=False):
-            for name, lines in runs.items():
-                _curve(ax, lines, key, name)
+            for label, lines in zip(_labels(runs), runs.values(), strict=True):
+                _curve(ax, lines, key, label)
             ax.set_title(title)
             _epochs(ax)
         for ax in axes[len(shown) :]:
@@ -140,12 +140,12 @@ def reliability(runs: Mapping[str, Records], num_bins: int) -> Figure:
         grid = figure.subplots(
             2 * deep, wide, squeeze=False, sharex="col", height_ratios=[2.4, 1] * deep
         )
-        for k, (name, records) in enumerate(runs.items()):
+        for k, (label, records) in enumerate(zip(_labels(runs), runs.values(), strict=True)):
             row, column = divmod(k, wide)
             upper, lower = grid[2 * row][column], grid[2 * row + 1][column]
             found = points.reliability(records, num_bins)
             _reliability(upper, lower, found)
-            several = f"{_short(name)}\n" if len(runs) > 1 else ""
+            several = f"{label}\n" if len(runs) > 1 else ""
             upper.set_title(f"{several}ECE {found.ece:.2f} %")
             if column == 0:
                 upper.set_ylabel("accuracy")
@@ -165,9 +165,9 @@ def risk_coverage(runs: Mapping[str, Records]) -> Figure:
         figure = Figure(figsize=(7.6, 3.6))
         ax = figure.subplots()
         dotted: dict[str, Any] = {"linestyle": (0, (1, 2)), "linewidth": 1.4}
-        for name, records in runs.items():
+        for label, records in zip(_labels(runs), runs.values(), strict=True):
             coverage, risk, optimum = points.thin(*points.risk_coverage(records))
-            (line,) = ax.plot(coverage, 100 * risk, label=_label(name))
+            (line,) = ax.plot(coverage, 100 * risk, label=label)
             ax.plot(coverage, 100 * optimum, color=line.get_color(), **dotted)
         ax.plot([], [], color=_MIDDLE, label="optimum", **dotted)
         ax.set_xlabel("coverage")
@@ -236,7 +236,7 @@ def _curve(ax: Axes, lines: Sequence[Line], key: str, label: str, style: str = "
     marker = "o" if len(known) <= 12 else ""
     ax.plot(
         *zip(*known, strict=True) if known else ([], []),
-        label=_label(label),
+        label=label,
         marker=marker,
         markersize=3,
         drawstyle=style,
@@ -282,6 +282,14 @@ def _number(value: Any) -> float | None:
 def _label(name: str) -> str:
     """Of a legend. Matplotlib leaves out names that begin with _."""
     return _short(f" {name}" if name.startswith("_") else name)
+
+
+def _labels(names: Iterable[str]) -> list[str]:
+    """Short names of runs; numbered if they would be the same."""
+    short = [_label(name) for name in names]
+    if len(set(short)) == len(short):
+        return short
+    return [f"{k}: {name}" for k, name in enumerate(short, start=1)]
 
 
 def _short(name: str) -> str:

@@ -15,6 +15,9 @@ from pskd.config import section_types
 from pskd.fields import default_of
 from pskd.methods.sections import METHODS
 
+_OF_FILES = ("model.init", "method.teacher")
+_DECIDE = ("evaluation.precision",)  # what is measured, not what is trained
+
 
 def published(name: str | None) -> Mapping[str, float]:
     """The published figures of a recipe of the package; none for others."""
@@ -24,23 +27,30 @@ def published(name: str | None) -> Mapping[str, float]:
 def changed(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What decides a run's result and is not as its recipe has it, by key, but for the seed.
 
-    settings: of config.yaml. All that is not the default, if this version has no such recipe.
+    settings: of config.yaml. Which file of weights a run began with, or was taught by, is not told
+    apart, as each seed may have its own. All that is not the default, if this version has no such
+    recipe.
     """
     name = settings["run"].get("recipe")
     own = resolve(["--recipe", name]).flat() if name in recipe.names() else {}
-    method = METHODS.get(settings.get("method", {}).get("name", ""))
-    if method is None:
-        return {}
-    found = {}
-    for section, kind in section_types(method):
+    of_run = dict(settings.get("method", {}))
+    method = of_run.get("name", own.get("method.name", "pskd"))
+    if method != own.get("method.name"):  # options of the same name mean something else
+        own = {key: value for key, value in own.items() if not key.startswith("method.")}
+    found = {} if settings["run"].get("resume") is None else {"run.resume": "a run"}
+    for section, kind in section_types(METHODS.get(method, METHODS["pskd"])):
+        if section == "method" and method not in METHODS:  # of a program of one's own
+            found |= {f"method.{key}": yaml_value(value) for key, value in of_run.items()}
+            continue
         for field in dataclasses.fields(kind):
             key = f"{section}.{field.name}"
             before = own.get(key, default_of(field))
             value = settings.get(section, {}).get(field.name, before)
-            if key == "model.init" and value is not None:
-                value = "a file"  # each seed may have its own
-            decides = field.metadata["tag"] in ("numerics", "content") and key != "train.seed"
-            if decides and before not in (value, ""):  # which has to be named: a teacher
+            if key in _OF_FILES and field.type in (str, str | None) and value:
+                value = "a file"
+                before = "a file" if before == "" else before  # has to be named
+            decides = field.metadata["tag"] in ("numerics", "content") or key in _DECIDE
+            if decides and key != "train.seed" and value != before:
                 found[key] = yaml_value(value)
     return found
 

@@ -1,6 +1,6 @@
 """How a row of probabilities is kept on disk. torch converts: numpy's float16 cast is slow.
 
-Errors of the PS-KD gradient against exact rows: `scripts/bench/encodings.py` prints them.
+Errors of the PS-KD gradient against exact rows: `scripts/bench/row_encodings.py` prints them.
 
 Letters: B rows, C classes, R bytes of an encoded row, K largest classes.
 """

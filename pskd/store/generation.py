@@ -240,6 +240,8 @@ def read_manifest(directory: Path) -> Manifest:
     """
     try:
         content = files.read_manifest(directory / MANIFEST, VERSION)
+    except files.VersionError as error:
+        raise PskdError(f"prediction store: {error}. Use that version.") from error
     except ValueError as error:
         raise PskdError(
             f"prediction store: {error}. Restore it from a copy, or remove it: training does not "

@@ -1,7 +1,7 @@
 """What each row encoding costs in bytes and in the gradient of PS-KD.
 
-    python scripts/bench/encodings.py
-    python scripts/bench/encodings.py --generation RUN/store/gen-000019   # of a float32 store
+    python scripts/bench/row_encodings.py
+    python scripts/bench/row_encodings.py --generation RUN/store/gen-000019   # of a float32 store
 
 The error is that of d loss / d logits = softmax(z) - t with t = (1 - alpha) onehot + alpha p, alpha
 0.8, when p was encoded and decoded: norm of the difference over norm of the exact gradient, over a
