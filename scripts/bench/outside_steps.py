@@ -56,7 +56,9 @@ def first_step(out: Path, flags: list[str]) -> None:
     stages = Stages()
     stages.seconds["launcher, until the interpreter runs"] = time.time() - started
     from pskd import command_line
+    from pskd.data.catalog import DATASETS
 
+    DATASETS["random"] = "array_folder"
     config = command_line.load(flags)
     stages.next("command line")
     import torch  # noqa: F401
@@ -66,10 +68,8 @@ def first_step(out: Path, flags: list[str]) -> None:
 
     stages.next("import deepspeed")
     from pskd import assembly, job, world
-    from pskd.data.catalog import DATASETS
     from pskd.order import epoch_order
 
-    DATASETS["random"] = "array_folder"
     stages.next("import the rest")
     here = world.start(config.run.timeout_s)
     stages.next("join the other ranks")
