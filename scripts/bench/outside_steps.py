@@ -128,19 +128,19 @@ def epoch_ends(trainer: Any, epochs: int) -> list[dict[str, float]]:
             low, high = trainer.plan.part(step, trainer.world.rank)
             trainer.store.remember(order_N[low:high], probs_BC[: high - low])
         trainer.history.samples = 1
-        own = {}
+        own = []
         for place, name, label in (
             (trainer.store, "begin_epoch", "past predictions: fsync, index, manifest"),
             (trainer, "_evaluate", "evaluate 10,000 images"),
             (trainer.saver, "save", "checkpoint: state, fsync, retention"),
             (trainer, "_export", "weights for plain torch"),
         ):
-            own[place, name] = getattr(place, name)
-            setattr(place, name, stages.around(label, own[place, name]))
+            own.append((place, name, getattr(place, name)))
+            setattr(place, name, stages.around(label, own[-1][2]))
         begun = time.time()
         trainer.finish_epoch(epoch, constants, trainer.plan.trained, 1.0)
         stages.seconds["all of it"] = time.time() - begun
-        for (place, name), method in own.items():
+        for place, name, method in own:
             setattr(place, name, method)
         found.append(stages.seconds)
     return found[1:]  # the first has no older generation to replace
