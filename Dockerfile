@@ -1,7 +1,7 @@
 # The trainer in a container: README, "Docker". What can be started in it: scripts/container.txt.
 #
 #   docker build -t pskd .                              for CUDA 13, and for CPUs
-#   docker build -t pskd --build-arg PSKD_CUDA=cu12 .   for CUDA 12
+#   docker build -t pskd --build-arg PSKD_CUDA=cu12 .   with DALI for CUDA 12 (and torch for 13)
 #
 # BASE_IMAGE: of Debian's family, with Python 3.11 or newer, its headers and the module venv.
 # Package indexes, proxies and certificates of a site come from the environment of the build

@@ -362,7 +362,7 @@ class TestInTheStore:
 def gradients(sharpness):
     """PS-KD gradients at C=1000, alpha 0.8, as a function of past rows; and exact past rows.
 
-    The student is the teacher plus noise; low-rank logits plus noise: research/store.md 6.
+    The student is the teacher plus noise: low-rank logits plus noise.
     """
     generator = torch.Generator().manual_seed(0)
     logits_BC = torch.randn(256, 32, generator=generator) @ torch.randn(
@@ -385,8 +385,8 @@ def gradients(sharpness):
     return past_BC, gradient
 
 
-# Bounds about twice what was measured; `flat` has the entropy of research/store.md's "mid" (6.4),
-# whose batch 1-cos was fp16 1e-9, uint8 6e-6, top-5 8e-3, top-20 5e-3, top-50 3e-3.
+# Bounds about twice what was measured: at an entropy of 6.4 nats, that of `flat`, 1-cos of a batch was
+# fp16 1e-9, uint8 6e-6, top-5 8e-3, top-20 5e-3, top-50 3e-3.
 @pytest.mark.parametrize(
     ("name", "flat", "peaked"),
     [

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -460,3 +461,35 @@ def test_labels_that_were_flipped_are_found(tmp_path, monkeypatch):
     assert precision["label_errors", 100] > 45 * SHARE
     assert precision["label_errors", 200] > 25 * SHARE
     assert precision["hardest", 200] > 25 * SHARE
+
+
+def overwritten(run, tmp_path, epoch):
+    """A copy of a run of which a row of an epoch was damaged."""
+    copy = tmp_path / f"of_{epoch}"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("inspect"))
+    segment = max((copy / "store").glob(f"gen-{epoch:06d}/*.psk"), key=lambda p: p.stat().st_size)
+    content = bytearray(segment.read_bytes())
+    content[-40] ^= 1
+    segment.write_bytes(content)
+    return copy, segment
+
+
+def test_damaged_rows_are_not_taken_for_label_errors(run, tmp_path, capsys):
+    copy, segment = overwritten(run, tmp_path, 2)
+    assert main(["inspect", str(copy)]) == 1
+    error = capsys.readouterr().err
+    assert f"{segment}: rows" in error
+    assert "are damaged (crc differs). Restore the file from a copy; or remove" in error
+    (copy / "store" / "gen-000002" / "manifest.json").unlink()  # the remedy
+    assert main(["inspect", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert "3 epochs are trained, but of the last one no predictions are there" in out
+    copy, segment = overwritten(run, tmp_path, 1)
+    assert main(["inspect", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert f"Nothing is known of flips. prediction store: {segment}: rows" in out
+
+
+def test_where_the_data_lie_is_no_question_for_the_digits(run, capsys):
+    assert main(["inspect", str(run), "--data.root", "elsewhere"]) == 1
+    assert "--data.root: nothing reads it: they come with scikit-learn." in capsys.readouterr().err

@@ -121,7 +121,7 @@ def of_ranks(data: Data, encoding: str) -> str:
             "store of a node, GB/s read + written",
             "gradients sent, MB a step and rank",
             "node-local disks: rows received by a node, GB an epoch",
-            "rows on each disk, GB",
+            "rows on each disk at the peak, GB",
             "epoch, s",
         ]
     ]
@@ -136,7 +136,7 @@ def of_ranks(data: Data, encoding: str) -> str:
                 f"{2 * per_s * row / 1e9:.2f}",
                 f"{2 * (ranks - 1) / ranks * weights / 1e6:.0f}",
                 f"{generation * (nodes - 1) / nodes / 1e9:.1f}",
-                f"{2 * generation / 1e9:.1f}",
+                f"{3 * generation / 1e9:.1f}",
                 f"{data.samples / (per_s * nodes):.0f}",
             ]
         )
