@@ -385,8 +385,8 @@ def gradients(sharpness):
     return past_BC, gradient
 
 
-# Bounds about twice what was measured: at an entropy of 6.4 nats, that of `flat`, 1-cos of a batch was
-# fp16 1e-9, uint8 6e-6, top-5 8e-3, top-20 5e-3, top-50 3e-3.
+# Bounds about twice what was measured: at an entropy of 6.4 nats, that of `flat`, 1-cos of a batch
+# was fp16 1e-9, uint8 6e-6, top-5 8e-3, top-20 5e-3, top-50 3e-3.
 @pytest.mark.parametrize(
     ("name", "flat", "peaked"),
     [
