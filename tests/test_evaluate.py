@@ -193,11 +193,11 @@ def test_the_samples_that_are_measured_are_refused_under_any_name(pool, run, tmp
     np.savez(mixed, **{name: array[order] for name, array in arrays.items()})
     foreign = tmp_path / "of_another_program.npz"
     np.savez(foreign, logits=arrays["logits"], labels=arrays["labels"].astype(np.uint32))
-    for fit in (file, best, foreign):
+    for fit in (file, best, mixed):
         message = evaluated(pool, 1, run, fit=fit)
-        assert f"--fit {fit}: its labels are those of what is measured, {run} (last)" in message
-    message = evaluated(pool, 1, run, fit=mixed)
-    assert f"--fit {mixed}: 301 of its samples are among those that are measured" in message
+        assert f"--fit {fit}: 301 of its samples are among those that are measured" in message
+    message = evaluated(pool, 1, run, fit=foreign)
+    assert f"--fit {foreign}: its labels are those of what is measured, {run} (last)" in message
     np.savez(mixed, **arrays | {"pskd_samples": np.arange(301)})
     assert "`pskd_samples` is not what `pskd evaluate` writes" in evaluated(pool, 1, run, fit=mixed)
 

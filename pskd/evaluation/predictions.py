@@ -237,11 +237,6 @@ def _check_others(predictions: Predictions, fit: Predictions) -> None:
             f"{fit.source} has {fit.logits_NC.shape[1]} classes, {predictions.source} has "
             f"{predictions.logits_NC.shape[1]}: fit on predictions of the same network."
         )
-    if _same_order(predictions.labels_N.long(), fit.labels_N.long()):
-        raise PskdError(
-            f"{fit.source}: its labels are those of what is measured, {predictions.source}, in the "
-            "same order. A temperature is fitted on other samples: name held-out ones."
-        )
     if predictions.digests_N is not None and fit.digests_N is not None:
         measured: set[Any] = set(predictions.digests_N.tolist())
         fitted: set[Any] = set(fit.digests_N.tolist())
@@ -252,6 +247,11 @@ def _check_others(predictions: Predictions, fit: Predictions) -> None:
         raise PskdError(
             f"{fit.source}: {common} of its samples are among those that are measured, "
             f"{predictions.source}. A temperature is fitted on other samples: name held-out ones."
+        )
+    if _same_order(predictions.labels_N.long(), fit.labels_N.long()):
+        raise PskdError(
+            f"{fit.source}: its labels are those of what is measured, {predictions.source}, in the "
+            "same order. A temperature is fitted on other samples: name held-out ones."
         )
 
 
