@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pskd import models
-from pskd.errors import PskdError
+from pskd.errors import DamagedError, PskdError
 from pskd.fields import known
 from pskd.files import rewritten, write_atomically, written_again
 from pskd.run_records import read_complete, read_preprocessing, read_result, saved_settings
@@ -58,12 +58,13 @@ def export(
     target = output or run / "exports" / f"{facts['model']}-{which}{SUFFIXES[kind]}"
     content = _content(model, kind, preprocessing["height"], preprocessing["width"])
     beside = target.with_name(target.name + ".json")
+    settings = saved_settings(run)
     described = {
         "format": kind,
         **facts,
         "weights_sha256": weights_sha256(model),
         "preprocessing": preprocessing,
-        **{name: saved_settings(run).get(name) for name in ("data", "evaluation")},
+        **{name: settings.get(name) for name in ("data", "evaluation")},
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,8 @@ def facts_of(run: Path, which: str) -> dict[str, Any]:
     try:
         return read_saved(file)
     except PskdError as error:
-        raise PskdError(f"{error} {kept if which == 'best' else written_again(run)}") from error
+        what = error.what if isinstance(error, DamagedError) else error
+        raise PskdError(f"{what} {kept if which == 'best' else written_again(run)}") from error
 
 
 def _content(model: nn.Module, kind: Format, height: int, width: int) -> bytes:

@@ -65,6 +65,15 @@ def read_result(run: Path) -> dict[str, Any]:
     return dict(result)
 
 
+def earlier_evaluation(run: Path) -> str | None:
+    """The hash of evaluation.npz in result.json; None if there is none, or nothing to be read."""
+    try:
+        digest = read_result(run).get("evaluation_sha256")
+    except PskdError:  # it is about to be written anew
+        return None
+    return None if digest is None else str(digest)
+
+
 def read_preprocessing(run: Path) -> dict[str, Any] | None:
     """preprocessing.json (see `data/preprocessing.py`), or None: of an older version.
 

@@ -29,6 +29,7 @@ from pskd.order import Ids, Plan, Walk, epoch_order, where
 from pskd.profiling import Profile
 from pskd.progress import Progress, listed, readable
 from pskd.run_dir import RunDir
+from pskd.run_records import earlier_evaluation
 from pskd.run_status import Status
 from pskd.saver import Saver
 from pskd.schedule import lr_at
@@ -359,13 +360,16 @@ class Trainer:
             self._evaluate(self.config.train.epochs - 1)  # killed after it, or of an older version
         with self.world.together():
             if self.world.rank == 0:
+                evaluation, digest = self.run_dir.path / "evaluation.npz", None
                 if self._records is not None:
-                    self.run_dir.write_arrays("evaluation.npz", self._records.arrays())
+                    self.run_dir.write_arrays(evaluation.name, self._records.arrays())
+                else:  # as it was written, and not as it may have become
+                    digest = earlier_evaluation(self.run_dir.path)
                 result = {
                     "last": self.history.lines[-1],
                     "best": self.history.best,
                     "weights_sha256": weights_sha256(self.engine.model),
-                    "evaluation_sha256": sha256_of(self.run_dir.path / "evaluation.npz"),
+                    "evaluation_sha256": digest or sha256_of(evaluation),
                     "images_not_decoded": self.history.absent,
                 }
                 self.run_dir.write_json("result.json", result)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pskd.errors import PskdError
+from pskd.errors import DamagedError, PskdError
 from pskd.files import read_run_json, write_atomically
 from pskd.models.public_names import translate
 
@@ -91,16 +91,16 @@ def read_saved(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_written(path: Path, weights: Mapping[str, Tensor], sha256: str, remedy: str = "") -> None:
-    """Compare weights with the hash of those that were written. remedy: ends the message.
+def check_written(path: Path, weights: Mapping[str, Tensor], sha256: str) -> None:
+    """Compare weights with the hash of those that were written.
 
     Raises:
-        PskdError: they differ.
+        DamagedError: they differ.
     """
     if _sha256(weights) != sha256:
-        raise PskdError(
-            f"{path} is damaged: its weights are not those that were written (sha256 differs)."
-            f"{remedy}"
+        raise DamagedError(
+            f"{path} is damaged: its weights are not those that were written (sha256 differs).",
+            "Restore it from a copy, export it again, or name other weights.",
         )
 
 

@@ -104,7 +104,7 @@ def test_an_export_that_was_moved_knows_its_data(pool, run, tmp_path):
     overwrite_weights(path)
     message = evaluated(pool, 1, path)
     assert message.startswith(f"{path} is damaged: its weights are not those that were written")
-    assert message.endswith("Export it again.")
+    assert message.endswith("Restore it from a copy, export it again, or name other weights.")
 
 
 def test_a_run_in_bfloat16_of_averaged_weights_has_its_own_figures_to_the_bit(pool, tmp_path):

@@ -466,6 +466,23 @@ def test_predictions_that_are_made_anew_are_those_of_the_run(runs, tmp_path, cap
     assert main(["report", str(run)]) == 0, capsys.readouterr().err
 
 
+def test_a_start_of_a_complete_run_takes_no_damage_for_its_own(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "pskd", run)
+    with np.load(run / "evaluation.npz") as found:
+        arrays = dict(found)
+    np.savez(run / "evaluation.npz", **arrays | {"rank": 0 * arrays["rank"]})
+    for _ in range(2):
+        assert main(["report", str(run)]) == 1
+        assert "it is not the one that the run wrote: sha256 differs" in capsys.readouterr().err
+        job = train(run, processes=None)
+        assert job.process.returncode == 0, job.output()
+    (run / "evaluation.npz").unlink()  # the remedy
+    job = train(run, processes=None)
+    assert job.process.returncode == 0, job.output()
+    assert main(["report", str(run)]) == 0
+
+
 def test_names_of_any_length_are_told_apart(runs, tmp_path, capsys):
     name = "a_very_long_name_of_a_run_" * 5
     long = [tmp_path / f"{name}{end}" for end in ("one", "two")]

@@ -101,8 +101,9 @@ def read(path: Path, flag: str) -> Predictions:
     with arrays:
         logits_NC, labels_N = (_tensor(arrays, name, source) for name in ("logits", "labels"))
         digests_N = _tensor(arrays, _SAMPLES, source).numpy() if _SAMPLES in arrays else None
-    written = digests_N is None or digests_N.dtype == np.uint64
-    if not written or (digests_N is not None and digests_N.shape != labels_N.shape):
+    if digests_N is not None and not (
+        digests_N.dtype == np.uint64 and digests_N.shape == labels_N.shape
+    ):
         raise PskdError(f"{source}: `{_SAMPLES}` is not what `pskd evaluate` writes. {_EXPECTED}")
     predictions = Predictions(logits_NC, labels_N, source, digests_N)
     _check(predictions)

@@ -239,7 +239,7 @@ def _of_run(source: Source, config: Config) -> Subject:
         state, remedy = standing(run)
         raise PskdError(
             f"{run} is not complete ({state}), so there is no last epoch. {remedy} Or evaluate "
-            f"--weights best, which is epoch {read_saved(best)['epoch'] + 1} as yet."
+            "--weights best, the best epoch as yet."
         )
     facts = facts_of(run, "last") if source.which == "last" else read_saved(best)
     network = models.build(facts["model"], facts["num_classes"])
@@ -274,7 +274,7 @@ def _of_export(source: Source, config: Config) -> Subject:
     network = models.build(facts["model"], facts["num_classes"])
     weights = weights_for(facts["model"], path)
     if beside is not None:
-        check_written(path, weights, beside["weights_sha256"], " Export it again.")
+        check_written(path, weights, beside["weights_sha256"])
     wrong = difference(network.state_dict(), weights)
     if wrong is not None:
         raise PskdError(f"{path} does not hold a {facts['model']}: {wrong}.")
