@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -64,6 +65,48 @@ def website(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+# --- digits: the file that scikit-learn ships ------------------------------------------------
+
+
+def test_digits_are_what_scikit_learn_reads():
+    catalog, expected = read("digits"), load_digits()
+    images_NHWC, labels_N = (
+        np.concatenate([getattr(split, name) for split in (catalog.train, catalog.validation)])
+        for name in ("images_NHWC", "labels_N")
+    )
+    assert (images_NHWC[..., 0] == np.rint(expected.images * (255 / 16))).all()
+    assert (images_NHWC.dtype, images_NHWC.shape) == (np.uint8, (1797, 8, 8, 1))
+    assert (labels_N == expected.target).all()
+    assert labels_N.dtype == np.int64
+    assert catalog.class_names == tuple(str(name) for name in expected.target_names)
+    assert len(catalog.validation.labels_N) == 360
+
+
+def test_reading_digits_does_not_import_scikit_learn():
+    code = (
+        "import sys; from pskd.data.catalog import load; "
+        "load('digits', root=None, download=False, held_out=0, limit=0, pad_to=0); "
+        "print({'sklearn', 'scipy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"no gzip", gzip.compress(b"0,1,2\n" * 99)[:-4]],
+    ids=["no", "other", "cut off"],
+)
+def test_a_file_of_digits_that_is_missing_or_damaged_is_named(tmp_path, monkeypatch, content):
+    file = tmp_path / "digits.csv.gz"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr("pskd.data.digits._FILE", str(file))
+    message = refusal(read, "digits")
+    assert message.startswith(f"data.name digits: cannot read {file}: ")
+    assert "install it again" in message
 
 
 # --- Fashion-MNIST: the real files -----------------------------------------------------------
