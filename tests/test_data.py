@@ -84,9 +84,9 @@ def test_digits_are_what_scikit_learn_reads():
     assert len(catalog.validation.labels_N) == 360
 
 
-def test_reading_digits_does_not_import_scikit_learn():
+def test_a_start_on_digits_imports_neither_scikit_learn_nor_scipy():
     code = (
-        "import sys; from pskd.data.catalog import load; "
+        "import sys; from pskd import assembly; from pskd.data.catalog import load; "
         "load('digits', root=None, download=False, held_out=0, limit=0, pad_to=0); "
         "print({'sklearn', 'scipy'} & set(sys.modules))"
     )
