@@ -30,7 +30,9 @@ def _nurse(pipe: Connection) -> None:
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     import deepspeed.ops
+    import torch._dynamo  # noqa: F401  (torch imports it with the first optimizer)
 
+    import pskd.command_line
     import pskd.data.dali
     import pskd.doctor.checks
     import pskd.job  # noqa: F401

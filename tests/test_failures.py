@@ -133,6 +133,7 @@ def test_a_lost_peer_fails_the_run_at_once_and_leaves_no_process(tmp_path):
     assert not processes_of(run_dir)
 
 
+@pytest.mark.slow  # under torchrun; of ranks without a launcher: test_survival.py
 def test_a_stalled_peer_fails_the_run_after_the_timeout(tmp_path):
     run_dir = tmp_path / "run"
     job = Job(run_dir, "--recipe=digits-pskd", "--run.timeout_s=5", "--run.lock_wait_s=1")

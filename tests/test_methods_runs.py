@@ -279,8 +279,8 @@ def slowly(*values):
     ("method", "mixing", "erasing", "more"),
     [
         ("cskd", "mixup", "cutout", ("--train.accumulation=2",)),
-        ("pskd by model", "none", "nothing", EMA),
         ("pskd averaged", "cutmix", "random-erasing", ()),
+        slowly("pskd by model", "none", "nothing", EMA),
         slowly("tfkd_self", "mixup", "nothing", ()),
         slowly("cskd", "cutmix", "random-erasing", ("--train.accumulation=2",)),
         slowly("pskd by model", "cutmix", "cutout", ("--method.schedule=cosine",)),
