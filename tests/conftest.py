@@ -100,3 +100,31 @@ def flat(tmp_path):
     write_meta(tmp_path / "meta.mat")
     (tmp_path / "synsets.txt").write_text("n03 kit fox\nn02 red fox\nn01\nn04 wolf, or so\n\n")
     return tmp_path
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes worlds on one directory, and ends them."""
+    from tests.store_worlds import World
+
+    made = []
+
+    def make(size=1, start=0, state=None, **options):
+        made.append(World(tmp_path / "store", size, start, state, **options))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.end()
+
+
+@pytest.fixture
+def store_dir(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture(scope="module")
+def forks():
+    from tests.digits_runs import Forks
+
+    return Forks()
