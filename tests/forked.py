@@ -29,6 +29,8 @@ def _nurse(pipe: Connection) -> None:
     or None. program: pskd.entry or pskd.cli. disk: of this rank alone, (source, where), or None.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
+    # As in a process of its own, not "spawn": tqdm's lock would outlive the rank in shared memory.
+    multiprocessing.set_start_method(None, force=True)
     import deepspeed.ops
     import torch._dynamo  # noqa: F401  (torch imports it with the first optimizer)
 
