@@ -1,7 +1,9 @@
 """Fixtures that several files share."""
 
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,51 @@ def forks():
     from tests.digits_runs import Forks
 
     return Forks()
+
+
+@pytest.fixture
+def website(tmp_path, monkeypatch):
+    """The URL of a web server for what a test puts into tmp_path."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Networks without values, which cost no time. One whose control flow reads a value raises."""
+    import torch
+    from torchvision.models.regnet import BlockParams
+
+    widths = BlockParams.from_init_params.__func__  # regnet computes its widths with tensors
+
+    def from_init_params(cls, **arguments):
+        with torch.device("cpu"):
+            return widths(cls, **arguments)
+
+    monkeypatch.setattr(BlockParams, "from_init_params", classmethod(from_init_params))
+    with torch.device("meta"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two complete runs on the digits: PS-KD and the baseline."""
+    from tests.forked import train
+
+    directory = tmp_path_factory.mktemp("report")
+    brief = ("--train.epochs=2", "--schedule.milestones=[1]", "--run.threads=1")
+    for name in ("pskd", "baseline"):
+        job = train(directory / name, f"--recipe=digits-{name}", *brief, processes=None)
+        assert job.process.returncode == 0, job.output()
+    return directory
