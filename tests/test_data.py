@@ -51,7 +51,7 @@ def test_a_start_on_digits_imports_neither_scikit_learn_nor_scipy():
         "print({'sklearn', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert done.stdout.splitlines()[-1] == "set()"  # DeepSpeed may say which accelerator it found
 
 
 @pytest.mark.parametrize(
