@@ -160,7 +160,9 @@ class EngineSection:
     deepspeed_config: str = content(
         "fp32", "precision and ZeRO stage: the name of a file in ds_configs/, or a JSON file"
     )
-    compile: bool = numerics(False, "torch.compile (needs a C++ compiler; changes the last bits)")
+    compile: bool = numerics(
+        False, "torch.compile (needs a C++ compiler; changes the last bits, and ShakeDrop's draws)"
+    )
     channels_last: bool = numerics(False, "memory layout NHWC; with ZeRO-0 only")
     tf32: bool = numerics(False, "TensorFloat-32 for fp32 products and convolutions on GPUs")
     deterministic: bool = numerics(

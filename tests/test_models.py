@@ -313,7 +313,14 @@ def test_each_whole_network_is_one_graph(network):
     torch.manual_seed(1)
     exact = network(images)
     torch.manual_seed(1)
-    torch.testing.assert_close(compiled(images), exact, rtol=1e-4, atol=1e-4)
+    captured = compiled(images)
+    if "shakedrop" in network.name:  # compiled code draws in another order, the same each time
+        torch.manual_seed(1)
+        assert torch.equal(compiled(images), captured)
+        network.eval()
+        exact, captured = network(images), compiled(images)
+        network.train()
+    torch.testing.assert_close(captured, exact, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
 
 
