@@ -10,6 +10,7 @@ from tqdm import tqdm
 LINE_EVERY_S = 30.0
 
 _MOST_LISTED = 10
+_SLOW_DISK = 0.01  # of the time of training: below it, a wait is not worth a warning
 
 log = logging.getLogger("pskd")
 
@@ -102,3 +103,8 @@ def _waits(line: dict[str, Any]) -> str:
     )
     text = ", ".join(shares)
     return f" (waited for {text})" if text else ""
+
+
+def is_slow_disk(waited_s: float, train_s: float) -> bool:
+    """Whether the user should hear that training waited for the disk of the prediction store."""
+    return waited_s > _SLOW_DISK * train_s

@@ -27,7 +27,7 @@ from pskd.methods.interface import Method, Past
 from pskd.metrics import MEASURES, Accumulator, Records, measures
 from pskd.order import Ids, Plan, Walk, epoch_order, where
 from pskd.profiling import Profile
-from pskd.progress import Progress, listed, readable
+from pskd.progress import Progress, is_slow_disk, listed, readable
 from pskd.run_dir import RunDir
 from pskd.run_records import earlier_evaluation
 from pskd.run_status import Status
@@ -265,7 +265,7 @@ class Trainer:
             "images_per_s": round(images / seconds, 1),
             "train_s": round(seconds, 3),
             "data_wait_s": round(max(self.world.gather(self._data_wait_s)), 3),
-            **self._store_waits(epoch),
+            **self._store_waits(epoch, seconds),
         }
         self._data_wait_s = 0.0
         self.history.loss_sum, self.history.samples, self.history.grey = 0.0, 0, 0
@@ -286,23 +286,23 @@ class Trainer:
         waits = {"data": self._data_wait_s}
         return waits if self.store is None else {**waits, "store": self.store.waited_s}
 
-    def _store_waits(self, epoch: int) -> dict[str, float]:
+    def _store_waits(self, epoch: int, train_s: float) -> dict[str, float]:
         """Seconds that the rank which waited longest has waited for the store's disk."""
         if self.store is None:
             return {}
         waits = self.store.waits()
-        write, seconds = waits["write"], sum(wait.seconds for wait in waits.values())
-        ranks = self.world.gather((write.times, write.seconds, seconds))
-        times, longest, _ = max(ranks)
-        if times:
+        write_s, seconds = waits["write"].seconds, sum(wait.seconds for wait in waits.values())
+        ranks = self.world.gather((write_s, seconds))
+        longest_s = max(write_s for write_s, _ in ranks)
+        if is_slow_disk(longest_s, train_s):
             log.warning(
-                "%s: training waited %d times (%.1f s) for the disk of the prediction store, as "
-                "all its buffers were full. A faster disk or a smaller store.encoding avoids it.",
+                "%s: training waited %.1f of %.1f s for the disk of the prediction store, as all "
+                "its buffers were full. A faster disk or a smaller store.encoding avoids it.",
                 self._label(epoch),
-                times,
-                longest,
+                longest_s,
+                train_s,
             )
-        return {"store_wait_s": round(max(all_s for _, _, all_s in ranks), 3)}
+        return {"store_wait_s": round(max(all_s for _, all_s in ranks), 3)}
 
     def _evaluate(self, epoch: int) -> dict[str, float | None]:
         """The measures on the validation split; each sample counts once, on any world.

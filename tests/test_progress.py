@@ -14,7 +14,8 @@ import time
 import pytest
 
 from pskd import progress
-from pskd.progress import Progress, readable
+from pskd.progress import Progress, is_slow_disk, readable
+from tests.launches import ROOT
 
 SCRIPT = """
 import logging, time
@@ -25,6 +26,17 @@ with Progress("epoch 1/2", 100, {{"alpha": 0.4}}) as bar:
     for _ in range(4):
         time.sleep(0.15)
         bar.advance(25, 1.5, {{"data": 0.0, "store": 1e3}})
+"""
+
+SLOWED = """
+import os, time
+pwrite = os.pwrite
+def slow(*args):
+    time.sleep(0.1)
+    return pwrite(*args)
+os.pwrite = slow
+from pskd.entry import run
+run()
 """
 
 
@@ -90,3 +102,31 @@ MEASURED = {"top1_error": 5.0, "top5_error": 1.25, "nll": 0.5, "ece": 2.0, "aurc
 def test_a_line_is_readable(measured, text):
     line = {"train_loss": 1.0, "alpha": 0.4, "images_per_s": 90.2, **measured}
     assert readable(line) == text
+
+
+@pytest.mark.parametrize(("waited_s", "slow"), [(0.0, False), (0.9, False), (1.1, True)])
+def test_a_disk_is_slow_where_waiting_takes_a_hundredth_of_the_time(waited_s, slow):
+    assert is_slow_disk(waited_s, train_s=100.0) == slow
+
+
+def test_a_run_says_that_the_disk_of_the_store_is_too_slow(tmp_path):
+    flags = (
+        "--recipe=digits-pskd",
+        "--data.limit=1024",
+        "--train.epochs=1",
+        "--schedule.milestones=[]",
+        "--run.threads=1",
+        f"--run.dir={tmp_path / 'run'}",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SLOWED, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"epoch 1/1: training waited \S+ of \S+ s for the disk of the prediction store",
+        done.stderr,
+    ), done.stderr
