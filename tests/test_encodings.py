@@ -18,9 +18,8 @@ from pskd.errors import PskdError
 from pskd.methods.pskd import soft_targets
 from pskd.store import open_generation
 from pskd.store.format import stride_of
-from pskd.store.peers import Alone
 from pskd.store.registry import ENCODINGS, check_encoding, create_encoding
-from pskd.store.store import Store, StoreOptions
+from tests.lone_store import new_store
 
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -301,18 +300,8 @@ class Toy:
         return torch.zeros(len(bytes_BR), classes).scatter_(1, best_B1, 1.0)
 
 
-def store(directory, encoding, n=11, classes=6):
-    return Store(
-        directory,
-        n=n,
-        classes=classes,
-        identity="data",
-        run="run",
-        start=0,
-        peers=Alone(),
-        options=StoreOptions(encoding),
-        device=torch.device("cpu"),
-    )
+def store(directory, encoding, classes=6):
+    return new_store(directory, n=11, classes=classes, encoding=encoding)
 
 
 @pytest.fixture

@@ -24,8 +24,7 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.errors import PskdError
 from pskd.store import open_generation
 from pskd.store.format import HEADER_BYTES
-from pskd.store.peers import Alone
-from pskd.store.store import Store, StoreOptions
+from tests.lone_store import new_store
 from tests.system import mounted, needs_root, processes
 
 N, C = 48, 5
@@ -114,17 +113,7 @@ def train(directory, notes, start, epochs=EPOCHS, keep=2, pace_s=0.0):
     checkpoints = Checkpoints(directory / "checkpoints", keep)
     directory.mkdir(exist_ok=True)
     checkpoints.prepare()
-    store = Store(
-        directory / "store",
-        n=N,
-        classes=C,
-        identity="data",
-        run="run",
-        start=start,
-        peers=Alone(),
-        options=StoreOptions("float32"),
-        device=torch.device("cpu"),
-    )
+    store = new_store(directory / "store", start, n=N, classes=C)
     checkpoints.register("store", store)
     position = Position(0, 0)
     if (name := checkpoints.latest()) is not None:
@@ -357,17 +346,7 @@ def check_after_power_cut(directory, notes):
     checkpoints = Checkpoints(directory / "checkpoints", 2)
     position, state = checkpoints.read(checkpoints.latest())
     assert position >= last_note(notes)
-    store = Store(
-        directory / "store",
-        n=N,
-        classes=C,
-        identity="data",
-        run="run",
-        start=10**5,
-        peers=Alone(),
-        options=StoreOptions("float32"),
-        device=torch.device("cpu"),
-    )
+    store = new_store(directory / "store", 10**5, n=N, classes=C)
     store.load_state_dict(state["store"])
     store.begin_epoch(position.epoch)
     rows_NC, present_N = store.past(np.arange(N))
