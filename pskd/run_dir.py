@@ -29,12 +29,11 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from pskd.config import Config
 from pskd.errors import PskdError
-from pskd.files import read_run_json, write_atomically, write_json, yaml_defect
-from pskd.run_records import begun_anew, changes, read_starts
+from pskd.files import read_run_json, write_atomically, write_json
+from pskd.run_records import changes, read_starts, saved_settings
 from pskd.run_status import read_status
 
 
@@ -139,15 +138,9 @@ class RunDir:
         Raises:
             PskdError: the saved configuration is damaged.
         """
-        path = self.path / "config.yaml"
-        if not path.exists():
+        if not (self.path / "config.yaml").exists():
             return []
-        try:
-            saved = dict(yaml.safe_load(path.read_text()))
-        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise PskdError(
-                f"{path} is damaged ({yaml_defect(error)}). {begun_anew(self.path)}"
-            ) from error
+        saved = saved_settings(self.path)
         defaults = config.defaults()  # of keys that are younger than the run
         now, before = config.values("numerics"), {}
         for key in now:

@@ -125,11 +125,13 @@ def saved_settings(run: Path) -> Sections:
     path = run / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text())
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise PskdError(
             f"{run} is no run directory ({error.strerror}: config.yaml). Name one that training "
             "has made."
         ) from error
+    except OSError as error:
+        raise PskdError(f"{path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise PskdError(
             f"{path} cannot be read ({yaml_defect(error)}). {begun_anew(run)}"

@@ -15,6 +15,7 @@ import yaml
 from pskd import command_line
 from pskd.errors import PskdError
 from pskd.run_dir import RunDir, new_path
+from pskd.run_records import begun_anew
 from pskd.run_status import Status, fail
 from tests.system import mounted, needs_root, processes
 
@@ -209,6 +210,16 @@ class TestReconcile:
                 assert saved[section][name] == another(value_of(section, name))
         run.reconcile(DEFAULT)
         assert self.saved.read_bytes() == self.before
+
+    @pytest.mark.parametrize("damaged", ["run: {}\ndata:\n", "- a", "", "run: [", "run: {}\nx: 1"])
+    def test_a_damaged_one_is_refused_by_name(self, run, damaged):
+        self.saved.write_text(damaged)
+        with pytest.raises(PskdError) as caught:
+            run.reconcile(DEFAULT)
+        message = str(caught.value)
+        assert message.startswith(str(self.saved))
+        assert message.endswith(begun_anew(run.path))
+        assert self.saved.read_text() == damaged
 
     @pytest.mark.parametrize("value", [1e-05, 5e-324, 1 / 3, 1e22, 100.0])
     def test_a_float_that_went_through_yaml_is_no_change(self, run, value):
