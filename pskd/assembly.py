@@ -149,7 +149,7 @@ def _check_room(run: Accepted, engine: Engine) -> None:
 def _initialise(model: nn.Module, run: Accepted) -> None:
     """The weights that training begins with, if a file names them."""
     section, here = run.config.model, run.here
-    begun = here.broadcast(Checkpoints(run.directory.checkpoints, 1).exist())
+    begun = here.broadcast(Checkpoints(run.directory.checkpoints).exist())
     if section.init is not None and not begun:  # else a checkpoint brings the weights
         with here.together():
             initialise(model, section.name, section.init, section.new_head)

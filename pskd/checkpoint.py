@@ -67,7 +67,8 @@ class Position(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int = 1) -> None:
+        """keep: how many `retain` leaves; who only reads has no use for it."""
         self.directory = directory
         self._keep = keep
         self._parts: dict[str, Stateful] = {}

@@ -73,7 +73,7 @@ class Guard:
         self._copied: torch.Event | None = torch.Event("cuda") if self._on_gpu else None
         self._work: dist.Work | None = None
 
-    def submit(self, stop: bool, save: bool, loss: Tensor, absent: int = 0) -> None:
+    def submit(self, stop: bool, save: bool, loss: Tensor, absent: int) -> None:
         """Send this rank's share of a step; `loss`: scalar on the device, mean over ranks."""
         loss = loss.detach().double()
         bad = (~torch.isfinite(loss)).double()

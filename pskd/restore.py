@@ -147,7 +147,7 @@ def _load(name: str, parts: Parts, checkpoints: Checkpoints, here: World, sites:
 def _adopt(origin: Origin, checkpoints: Checkpoints, parts: Parts) -> None:
     """Make another run's checkpoint the first of this one, if it fits."""
     directory, store = origin.checkpoint, parts.store
-    position, state = Checkpoints(directory.parent, 1).read(directory.name)
+    position, state = Checkpoints(directory.parent).read(directory.name)
     parts.identity.load_state_dict(state["identity"])
     parts.engine.check_fits(state["engine"], directory)
     if store is None:

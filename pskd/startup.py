@@ -111,7 +111,7 @@ def register_start(
     sites.copy(directory.path, _RECORDS)
     start = here.broadcast(start)
     assert start is not None
-    return Start(*start), origin
+    return start, origin
 
 
 def _own(path: Path, config: Config, token: str) -> RunDir:
@@ -128,12 +128,12 @@ def _sees(path: Path, token: str) -> bool:
 
 def _origin(config: Config, directory: RunDir) -> Origin | None:
     """Where this run begins; nowhere else if it has a checkpoint of its own."""
-    if config.run.resume is None or Checkpoints(directory.checkpoints, 1).exist():
+    if config.run.resume is None or Checkpoints(directory.checkpoints).exist():
         return None
     given = Path(config.run.resume)
     path = given
     if (given / "checkpoints").is_dir():
-        latest = Checkpoints(given / "checkpoints", 1).latest()
+        latest = Checkpoints(given / "checkpoints").latest()
         if latest is None:
             raise PskdError(f"run.resume {given}: the run has no checkpoint yet.")
         path = given / "checkpoints" / latest

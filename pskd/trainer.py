@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from pskd.saver import Saver
 from pskd.schedule import lr_at
 from pskd.store.store import Store
 from pskd.tracking import Tracker
-from pskd.weights import export_weights, weights_sha256
+from pskd.weights import export_path, export_weights, weights_sha256
 from pskd.world import World
 
 log = logging.getLogger("pskd")
@@ -166,10 +167,10 @@ class Trainer:
     def train_step(self, order_N: Ids, epoch: int, step: int) -> TrainedStep:
         """One optimizer step of this rank."""
         micros = self.plan.micro_batches(order_N, epoch, step, self.world.rank)
-        ids_B = self._ids(order_N, epoch, step)
+        ids_B = self._ids(order_N, step)
         past = self._past(ids_B)
         if self.store is not None and step + 1 < self.plan.steps:
-            self.store.prefetch(self._ids(order_N, epoch, step + 1))
+            self.store.prefetch(self._ids(order_N, step + 1))
         lr = self._lr(epoch, step)
         losses, rows, first = [], [], 0
         strangers: list[int] = []
@@ -183,7 +184,7 @@ class Trainer:
             self._data_wait_s += time.monotonic() - asked
             batch = self.mixer(images, epoch)
             absent += ids_B[part][list(batch.absent)].tolist()
-            strangers += [first - len(micro.ids_B) + place for place in batch.strangers()]
+            strangers += [part.start + place for place in batch.strangers()]
             output = self.method(self.engine.forward, batch, past and past.part(part))
             loss_B = output.loss_B * batch.weight_B * micro.scale
             self.engine.backward_and_step(loss_B.sum(), lr)
@@ -343,12 +344,12 @@ class Trainer:
         line = self.history.lines[-1]
         epoch, every = line["epoch"], self.config.checkpoint.export_every
         last = epoch + 1 == self.config.train.epochs
-        names = ["checkpoint_best.pth"] if line == self.history.best else []
+        which: list[int | Literal["best"]] = ["best"] if line == self.history.best else []
         if last or (every and (epoch + 1) % every == 0):
-            names.append(f"checkpoint_{epoch + 1}.pth")
-        for name in names:
+            which.append(epoch)
+        for each in which:
             export_weights(
-                self.run_dir.models / name,
+                export_path(self.run_dir.path, each),
                 self.engine.evaluated,
                 {"model": self.config.model.name, "num_classes": self.num_classes, **line},
             )
@@ -392,7 +393,7 @@ class Trainer:
             return None
         return Past(*self.store.past(ids_B))
 
-    def _ids(self, order_N: Ids, epoch: int, step: int) -> Ids:
+    def _ids(self, order_N: Ids, step: int) -> Ids:
         low, high = self.plan.part(step, self.world.rank)
         return order_N[low:high]
 

@@ -123,7 +123,7 @@ def steps_of(
     trainer.engine.train()
     for step in range(trainer.plan.steps):
         trained = trainer.train_step(order_N, 0, step)
-        guard.submit(False, False, trained.loss_B.sum())
+        guard.submit(False, False, trained.loss_B.sum(), absent=0)
         losses.append(guard.read().loss)
         flat = torch.cat([p.detach().flatten() for p in trainer.engine.model.parameters()])
         weights.append(flat.tolist())

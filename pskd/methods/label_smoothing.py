@@ -8,13 +8,12 @@ Letters: B samples, C classes.
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pskd.data.batch import Batch
 from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
-from pskd.methods.labels import labels_and_shares
+from pskd.methods.labels import labels_and_shares, one_label
 from pskd.methods.sections import LabelSmoothingSection
 
 Convention = Literal["k", "k-1"]
@@ -22,9 +21,7 @@ Convention = Literal["k", "k-1"]
 
 def loss(logits_BC: Tensor, labels_B: Tensor, eps: float, convention: Convention = "k") -> Tensor:
     """Mean over the batch, in nats: a scalar."""
-    labels_B1 = labels_B[:, None]
-    shares_B1 = torch.ones_like(labels_B1, dtype=logits_BC.dtype)
-    return _loss_per_sample(logits_BC, labels_B1, shares_B1, eps, convention).mean()
+    return _loss_per_sample(logits_BC, *one_label(labels_B), eps, convention).mean()
 
 
 def _loss_per_sample(

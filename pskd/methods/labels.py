@@ -10,11 +10,16 @@ from torch.nn import functional as F
 from pskd.data.batch import Batch
 
 
+def one_label(labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    """labels_B1 and shares_B1 float32, of images that are not mixed."""
+    labels_B1 = labels_B[:, None]
+    return labels_B1, torch.ones_like(labels_B1, dtype=torch.float32)
+
+
 def labels_and_shares(batch: Batch) -> tuple[Tensor, Tensor]:
     """labels_BK int64 and shares_BK float32, which sum to 1."""
     if batch.mix is None:
-        labels_B1 = batch.labels_B[:, None]
-        return labels_B1, torch.ones_like(labels_B1, dtype=torch.float32)
+        return one_label(batch.labels_B)
     other_B = batch.labels_B[batch.mix.partner_B]
     share_B = batch.mix.share_B
     return torch.stack((batch.labels_B, other_B), 1), torch.stack((share_B, 1 - share_B), 1)

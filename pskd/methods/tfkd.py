@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from pskd.data.batch import Batch
 from pskd.errors import PskdError
 from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
-from pskd.methods.labels import add_at_labels, cross_entropy, labels_and_shares
+from pskd.methods.labels import add_at_labels, cross_entropy, labels_and_shares, one_label
 from pskd.methods.sections import TFKDRegSection, TFKDSelfSection
 
 Reduction = Literal["mean", "batchmean"]
@@ -38,10 +38,10 @@ def reg_loss(
     kl_reduction: Reduction = "mean",
 ) -> Tensor:
     """Mean over the batch, in nats: a scalar."""
-    labels_B1 = labels_B[:, None]
-    shares_B1 = torch.ones_like(labels_B1, dtype=logits_BC.dtype)
-    kl_B = multiplier * _reg_kl(logits_BC, labels_B1, shares_B1, temperature, kl_reduction)
-    return ((1 - alpha) * cross_entropy(logits_BC, labels_B1, shares_B1) + alpha * kl_B).mean()
+    labels_B1, shares_B1 = one_label(labels_B)
+    kl_B = _reg_kl(logits_BC, labels_B1, shares_B1, temperature, kl_reduction)
+    hard_B = cross_entropy(logits_BC, labels_B1, shares_B1)
+    return _total(hard_B, kl_B, alpha, multiplier).mean()
 
 
 def self_loss(
@@ -54,9 +54,13 @@ def self_loss(
     kl_reduction: Reduction = "mean",
 ) -> Tensor:
     """Mean over the batch, in nats: a scalar."""
-    kl_B = multiplier * _self_kl(logits_BC, teacher_logits_BC, temperature, kl_reduction)
-    hard_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
-    return ((1 - alpha) * hard_B + alpha * kl_B).mean()
+    kl_B = _self_kl(logits_BC, teacher_logits_BC, temperature, kl_reduction)
+    hard_B = cross_entropy(logits_BC, *one_label(labels_B))
+    return _total(hard_B, kl_B, alpha, multiplier).mean()
+
+
+def _total(hard_B: Tensor, kl_B: Tensor, alpha: float, multiplier: float) -> Tensor:
+    return (1 - alpha) * hard_B + alpha * multiplier * kl_B
 
 
 def _reg_kl(
@@ -102,7 +106,7 @@ class TFKDReg(MethodBase):
         labels_BK, shares_BK = labels_and_shares(batch)
         kl_B = _reg_kl(logits_BC, labels_BK, shares_BK, section.temperature, section.kl_reduction)
         hard_B = cross_entropy(logits_BC, labels_BK, shares_BK)
-        return Output((1 - section.alpha) * hard_B + section.alpha * section.multiplier * kl_B)
+        return Output(_total(hard_B, kl_B, section.alpha, section.multiplier))
 
 
 class TFKDSelf(MethodBase):
@@ -120,7 +124,7 @@ class TFKDSelf(MethodBase):
         teacher_BC = self._network.infer(self._teacher, batch.images_BCHW)
         kl_B = _self_kl(logits_BC, teacher_BC, section.temperature, section.kl_reduction)
         hard_B = cross_entropy(logits_BC, *labels_and_shares(batch))
-        return Output((1 - section.alpha) * hard_B + section.alpha * section.multiplier * kl_B)
+        return Output(_total(hard_B, kl_B, section.alpha, section.multiplier))
 
     def state_dict(self) -> dict[str, Any]:
         """Which teacher it is."""

@@ -35,6 +35,7 @@ CURVES = (  # key in metrics.jsonl, title
 )
 NAMED_CLASSES = 20
 
+_DPI = 144
 _HISTOGRAM_BINS = 20
 _MIDDLE = "#8a929b"
 # Read on white and on black, and told apart by those who do not see red or green.
@@ -82,11 +83,11 @@ def svg(figure: Figure) -> str:
     return content.getvalue()
 
 
-def png(figure: Figure, dpi: int = 144) -> bytes:
+def png(figure: Figure) -> bytes:
     """On white."""
     content = io.BytesIO()
     with _style():
-        figure.savefig(content, format="png", dpi=dpi, metadata={"Software": None})
+        figure.savefig(content, format="png", dpi=_DPI, metadata={"Software": None})
     return content.getvalue()
 
 

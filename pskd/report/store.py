@@ -111,7 +111,7 @@ def _finished(path: Path) -> _Holding:
 def _named_by_checkpoints(place: _Place) -> list[_Holding]:
     states = {}
     if place.checkpoints is not None:
-        states.update(Checkpoints(place.checkpoints, 1).store_states())
+        states.update(Checkpoints(place.checkpoints).store_states())
     loop = record.read(place.store)
     if loop is not None:
         states.update({f"state {k + 1}": state for k, state in enumerate(loop.retained)})

@@ -45,12 +45,12 @@ class Task:
 class Worker:
     """One thread and its queue. A process may end without waiting for it."""
 
-    def __init__(self, name: str, device: torch.device | None = None) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         """`device`: a GPU is made current on the thread first; else that is GPU 0, on any rank."""
         self._queue: SimpleQueue[Task | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-        if device is not None and device.type == "cuda":
+        if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self.submit(partial(torch.cuda.set_device, index))
 
