@@ -17,7 +17,9 @@ import numpy.typing as npt
 from pskd.hashing import hash64
 from pskd.order import Ids
 
-_TRIES = 10  # for a window that fits; then the largest central one of an allowed ratio
+Floats = npt.NDArray[np.float64]
+
+TRIES = 10  # for a box that fits
 
 
 def uniforms(
@@ -66,26 +68,56 @@ def windows(
     int32 (B, 4): y, x, height, width, in pixels. scale: share of the area, uniform. ratio: width
     by height, uniform in its logarithm. Stream "crop".
     """
-    u_BT4 = uniforms(seed, epoch, ids_B, f"{view}crop", 4 * _TRIES).reshape(-1, _TRIES, 4)
-    width_B1, height_B1 = (side_B.astype(np.float64)[:, None] for side_B in (widths_B, heights_B))
-    area_BT = (scale[0] + (scale[1] - scale[0]) * u_BT4[..., 0]) * width_B1 * height_B1
+    u_BT4 = uniforms(seed, epoch, ids_B, f"{view}crop", 4 * TRIES).reshape(-1, TRIES, 4)
+    width_B, height_B = widths_B.astype(np.float64), heights_B.astype(np.float64)
+    width_B1, height_B1 = width_B[:, None], height_B[:, None]
+    w_BT, h_BT = drawn_sides(u_BT4, width_B1, height_B1, scale=scale, ratio=ratio)
+    fits_BT = (w_BT > 0) & (w_BT <= width_B1) & (h_BT > 0) & (h_BT <= height_B1)
+    drawn_B4 = first_fit(u_BT4, h_BT, w_BT, fits_BT, height_B, width_B)
+    found_B1 = fits_BT.any(axis=1, keepdims=True)
+    windows_B4 = np.where(found_B1, drawn_B4, _central_windows(width_B, height_B, ratio))
+    return windows_B4.astype(np.int32)
+
+
+def drawn_sides(
+    u_BT4: Floats,
+    width: Floats | float,
+    height: Floats | float,
+    *,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> tuple[Floats, Floats]:
+    """Widths and heights (B, T), whole numbers, from the first two of four uniform draws.
+
+    scale: share of the area of width by height, uniform. ratio: width by height, uniform in its
+    logarithm.
+    """
+    area_BT = (scale[0] + (scale[1] - scale[0]) * u_BT4[..., 0]) * width * height
     low, high = np.log(ratio)
     shape_BT = np.exp(low + (high - low) * u_BT4[..., 1])
-    w_BT, h_BT = np.rint(np.sqrt(area_BT * shape_BT)), np.rint(np.sqrt(area_BT / shape_BT))
-    fits_BT = (w_BT > 0) & (w_BT <= width_B1) & (h_BT > 0) & (h_BT <= height_B1)
-    first_B, rows = fits_BT.argmax(axis=1), np.arange(len(ids_B))
-    w_B, h_B = w_BT[rows, first_B], h_BT[rows, first_B]
-    y_B = np.floor(u_BT4[rows, first_B, 2] * (height_B1[:, 0] - h_B + 1))
-    x_B = np.floor(u_BT4[rows, first_B, 3] * (width_B1[:, 0] - w_B + 1))
-    drawn_B4 = np.stack([y_B, x_B, h_B, w_B], axis=1)
-    fallback_B4 = _central_windows(width_B1[:, 0], height_B1[:, 0], ratio)
-    found_B1 = fits_BT.any(axis=1)[:, None]
-    return np.where(found_B1, drawn_B4, fallback_B4).astype(np.int32)
+    return np.rint(np.sqrt(area_BT * shape_BT)), np.rint(np.sqrt(area_BT / shape_BT))
 
 
-def _central_windows(
-    width_B: npt.NDArray[np.float64], height_B: npt.NDArray[np.float64], ratio: Sequence[float]
-) -> npt.NDArray[np.float64]:
+def first_fit(
+    u_BT4: Floats,
+    h_BT: Floats,
+    w_BT: Floats,
+    fits_BT: npt.NDArray[np.bool_],
+    height: Floats | float,
+    width: Floats | float,
+) -> Floats:
+    """(B, 4): y, x, height, width of each one's first box that fits, anywhere in the image.
+
+    The place is uniform, from the last two of four draws. Where none fits, it means nothing.
+    """
+    rows, first_B = np.arange(len(u_BT4)), fits_BT.argmax(axis=1)
+    h_B, w_B = h_BT[rows, first_B], w_BT[rows, first_B]
+    y_B = np.floor(u_BT4[rows, first_B, 2] * (height - h_B + 1))
+    x_B = np.floor(u_BT4[rows, first_B, 3] * (width - w_B + 1))
+    return np.stack([y_B, x_B, h_B, w_B], axis=1)
+
+
+def _central_windows(width_B: Floats, height_B: Floats, ratio: Sequence[float]) -> Floats:
     """The largest windows of an allowed ratio, in the middle; (B, 4)."""
     shape_B = width_B / height_B
     w_B = np.where(shape_B > ratio[1], np.rint(height_B * ratio[1]), width_B)

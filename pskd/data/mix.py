@@ -25,8 +25,6 @@ from pskd.order import Ids
 
 Boxes = npt.NDArray[np.int64]  # (B, 4): top, left, bottom, right; empty where nothing is done
 
-_TRIES = 10
-
 
 class Mixer:
     """Erases and mixes the batches of one run."""
@@ -141,18 +139,12 @@ def erased_boxes(
     seed: int, epoch: int, ids_B: Ids, erasing: ErasingSection, height: int, width: int, view: str
 ) -> Boxes:
     """Boxes inside the image, as torchvision's RandomErasing distributes them. Stream "erase"."""
-    u_BX = draws.uniforms(seed, epoch, ids_B, f"{view}erase", 1 + 4 * _TRIES)
-    u_BT4 = u_BX[:, 1:].reshape(-1, _TRIES, 4)
-    low, high = erasing.scale
-    area_BT = (low + (high - low) * u_BT4[..., 0]) * height * width
-    thin, wide = np.log(erasing.ratio)
-    shape_BT = np.exp(thin + (wide - thin) * u_BT4[..., 1])  # height by width
-    h_BT, w_BT = np.rint(np.sqrt(area_BT * shape_BT)), np.rint(np.sqrt(area_BT / shape_BT))
+    u_BX = draws.uniforms(seed, epoch, ids_B, f"{view}erase", 1 + 4 * draws.TRIES)
+    u_BT4 = u_BX[:, 1:].reshape(-1, draws.TRIES, 4)
+    # Its ratio is of height by width, where that of the crop is of width by height.
+    h_BT, w_BT = draws.drawn_sides(u_BT4, height, width, scale=erasing.scale, ratio=erasing.ratio)
     fits_BT = (h_BT < height) & (w_BT < width)
-    rows, first_B = np.arange(len(ids_B)), fits_BT.argmax(axis=1)
-    h_B, w_B = h_BT[rows, first_B], w_BT[rows, first_B]
-    y_B = np.floor(u_BT4[rows, first_B, 2] * (height - h_B + 1))
-    x_B = np.floor(u_BT4[rows, first_B, 3] * (width - w_B + 1))
+    y_B, x_B, h_B, w_B = draws.first_fit(u_BT4, h_BT, w_BT, fits_BT, height, width).T
     done_B = (u_BX[:, 0] < erasing.probability) & fits_BT.any(axis=1)
     boxes_B4 = np.stack([y_B, x_B, y_B + h_B, x_B + w_B], axis=1)
     return np.where(done_B[:, None], boxes_B4, 0).astype(np.int64)
