@@ -53,7 +53,7 @@ def assemble(run: Accepted, model: nn.Module) -> tuple[Trainer, Position]:
     with here.together():
         access = TrainedNetwork(engine, config.model.name, catalog.num_classes)
         method = registry.create(config.method, access)
-    store = _store(run) if method.needs_store else None
+    store = _store(run) if config.method.keeps_predictions else None
     with here.together():
         if here.rank == 0:
             directory.write_json("preprocessing.json", preprocessing(config.data, catalog))

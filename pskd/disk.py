@@ -77,17 +77,17 @@ def need_of(
     config: Config, model: nn.Module, *, n: int, classes: int, ranks: int, sharded: bool
 ) -> Need:
     """Of a run on n samples by so many ranks. model: any network of its kind. sharded: by ZeRO."""
-    method = registry.kind(config.method)
     weights = sum(p.nbytes + _HEAD_BYTES for p in model.parameters())
     buffers = sum(b.nbytes + _HEAD_BYTES for b in model.buffers())
     # Of all ranks, once the optimizer has momentum. ZeRO's shards hold the weights once more.
     copies = 1 + int(config.optimizer.momentum != 0) + int(sharded)
-    networks = int(config.model.ema_decay > 0) + int(method.keeps_network)
+    networks = int(config.model.ema_decay > 0) + int(registry.kind(config.method).keeps_network)
     row_bytes = create_encoding(config.store.encoding).row_bytes(classes)
+    kept = config.method.keeps_predictions
     return need(
         config,
         state_bytes=copies * weights + buffers + networks * (weights + buffers),
-        generation_bytes=generation_bytes(n, row_bytes, ranks) if method.needs_store else 0,
+        generation_bytes=generation_bytes(n, row_bytes, ranks) if kept else 0,
         export_bytes=export_bytes(model),
     )
 

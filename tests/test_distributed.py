@@ -79,7 +79,7 @@ def trainer_of(
     method = registry.create(config.method, None)
     sites = Sites(world, [0] * world.size)
     store = None
-    if method.needs_store:
+    if config.method.keeps_predictions:
         store = Store(
             Path(path),
             n=n,

@@ -276,16 +276,15 @@ class NoTeacher:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_section_has_its_method(name):
     arguments = {"teacher": "somewhere"} if name == "tfkd_self" else {}
-    method = registry.create(METHODS[name](**arguments), NoTeacher())
-    assert method.needs_store == (name == "pskd")
+    section = METHODS[name](**arguments)
+    method = registry.create(section, NoTeacher())
+    assert section.keeps_predictions == (name == "pskd")
     assert method.needs_peers == (name == "cskd")
 
 
-def test_the_method_takes_its_section_and_says_if_it_needs_the_store():
+def test_the_method_takes_its_section():
     pskd = registry.create(PSKDSection(alpha_T=0.3), None)
     assert isinstance(pskd, PSKD)
-    assert pskd.needs_store
     assert pskd.begin_epoch(1, 2) == {"alpha": 0.3}
     baseline = registry.create(BaselineSection(), None)
     assert isinstance(baseline, Baseline)
-    assert not baseline.needs_store

@@ -101,10 +101,10 @@ def test_the_target_of_a_mixed_image_mixes_those_of_both_samples(name, seed):
     past = Past(rows * present[:, None], present)
     method = registry.create(section, network)
     method.begin_epoch(1, 4)
-    output = method(network.forward, batch, past if method.needs_store else None)
+    output = method(network.forward, batch, past if section.keeps_predictions else None)
     expected = expected_loss(name, section, network, batch, past)
     np.testing.assert_allclose(output.loss_B.detach(), expected, rtol=2e-5, atol=2e-5)
-    if method.needs_store:
+    if section.keeps_predictions:
         with torch.no_grad():
             probs = network.forward(batch.images_BCHW).softmax(dim=1)
         kept = section.averaging * present[:, None]
@@ -122,7 +122,7 @@ def test_a_mix_that_mixes_nothing_changes_nothing(name):
     for batch in (mixed, replace(mixed, mix=None)):
         method = registry.create(section, network)
         method.begin_epoch(1, 4)
-        output = method(network.forward, batch, past if method.needs_store else None)
+        output = method(network.forward, batch, past if section.keeps_predictions else None)
         gradients = torch.autograd.grad(output.loss_B.sum(), list(network.model.parameters()))
         found.append((output.loss_B.detach(), *gradients))
     for one, other in zip(*found, strict=True):

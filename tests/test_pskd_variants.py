@@ -119,8 +119,9 @@ def frozen(network):
 
 def test_the_first_epoch_has_no_teacher_and_later_ones_last_epochs_model():
     rng, network = np.random.default_rng(3), Moving(12, 5)
-    method = PSKDByModel(PSKDSection(alpha_T=0.9, teacher="model"), network)
-    assert not method.needs_store
+    section = PSKDSection(alpha_T=0.9, teacher="model")
+    assert not section.keeps_predictions
+    method = PSKDByModel(section, network)
     last = frozen(network)
     for epoch in range(4):
         alpha = method.begin_epoch(epoch, 4)["alpha"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pskd.data.batch import Batch
-from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
+from pskd.methods.interface import Forward, Method, Network, Output, Past
 from pskd.methods.labels import cross_entropy, labels_and_shares
 from pskd.methods.sections import CSKDSection
 
@@ -32,7 +32,7 @@ def _kd_per_sample(logits_BC: Tensor, peer_logits_BC: Tensor, temperature: float
     return temperature**2 * kl_B
 
 
-class CSKD(MethodBase):
+class CSKD(Method):
     """The loss above."""
 
     needs_peers = True

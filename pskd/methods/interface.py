@@ -64,42 +64,14 @@ class Network(Protocol):
         ...
 
 
-class Method(Protocol):
-    """A way to train.
+class Method(ABC):
+    """A way to train. By default: no peers, nothing to save, the same loss in every epoch.
 
-    needs_store: it reads `past`, and returns what to remember. needs_peers: it wants an image of
-    another sample of the same class beside each. keeps_network: one more is in a checkpoint.
+    Whether it reads `past` and returns what to remember is said by its section. needs_peers: it
+    wants an image of another sample of the same class beside each. keeps_network: one more is in
+    a checkpoint.
     """
 
-    needs_store: bool
-    needs_peers: bool
-    keeps_network: bool
-
-    def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
-        """Collective. Set the epoch's constants (alpha, ...); returns those worth a log line."""
-        ...
-
-    def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:
-        """The losses of one micro-batch."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold of it."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there.
-
-        Raises:
-            PskdError: it was another teacher.
-        """
-        ...
-
-
-class MethodBase(ABC):
-    """Defaults: no store, no peers, nothing to save."""
-
-    needs_store = False
     needs_peers = False
     keeps_network = False
 
@@ -110,15 +82,19 @@ class MethodBase(ABC):
 
     @abstractmethod
     def __call__(self, forward: Forward, batch: Batch, past: Past | None) -> Output:
-        """The losses of one micro-batch: each method has its own."""
+        """The losses of one micro-batch."""
 
     def begin_epoch(self, epoch: int, epochs: int) -> dict[str, float]:
-        """The loss is the same in every epoch."""
+        """Collective. Set the epoch's constants (alpha, ...); returns those worth a log line."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """What a checkpoint has to hold of it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (a default)
-        """Nothing."""
+        """Continue from there.
+
+        Raises:
+            PskdError: it was another teacher.
+        """

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pskd.data.batch import Batch
-from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
+from pskd.methods.interface import Forward, Method, Network, Output, Past
 from pskd.methods.labels import labels_and_shares, one_label
 from pskd.methods.sections import LabelSmoothingSection
 
@@ -36,7 +36,7 @@ def _loss_per_sample(
     return (1 - eps) * hard_B + eps / (classes - 1) * (all_B - hard_B)
 
 
-class LabelSmoothing(MethodBase):
+class LabelSmoothing(Method):
     """The loss above."""
 
     def __init__(self, section: LabelSmoothingSection, network: Network | None = None) -> None:

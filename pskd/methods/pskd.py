@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pskd.data.batch import Batch
-from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
+from pskd.methods.interface import Forward, Method, Network, Output, Past
 from pskd.methods.labels import add_at_labels, cross_entropy, labels_and_shares
 from pskd.methods.sections import PSKDSection
 
@@ -146,10 +146,8 @@ def _refined(
     return refined
 
 
-class PSKD(MethodBase):
+class PSKD(Method):
     """The loss above, with the table; remembers the float32 softmax of the forward pass."""
-
-    needs_store = True
 
     def __init__(self, section: PSKDSection, network: Network | None = None) -> None:
         self._section = section
@@ -173,7 +171,7 @@ class PSKD(MethodBase):
         return Output(loss_B, remember_BC=probs_BC)
 
 
-class PSKDByModel(MethodBase):
+class PSKDByModel(Method):
     """The loss above, with last epoch's model as the teacher; one more forward pass, no table."""
 
     keeps_network = True

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pskd.data.batch import Batch
 from pskd.errors import PskdError
-from pskd.methods.interface import Forward, MethodBase, Network, Output, Past
+from pskd.methods.interface import Forward, Method, Network, Output, Past
 from pskd.methods.labels import add_at_labels, cross_entropy, labels_and_shares, one_label
 from pskd.methods.sections import TFKDRegSection, TFKDSelfSection
 
@@ -93,7 +93,7 @@ def _kl(log_BC: Tensor, teacher_log_BC: Tensor, kl_reduction: Reduction) -> Tens
     return kl_B / log_BC.shape[1] if kl_reduction == "mean" else kl_B
 
 
-class TFKDReg(MethodBase):
+class TFKDReg(Method):
     """The second loss above."""
 
     def __init__(self, section: TFKDRegSection, network: Network | None = None) -> None:
@@ -109,7 +109,7 @@ class TFKDReg(MethodBase):
         return Output(_total(hard_B, kl_B, section.alpha, section.multiplier))
 
 
-class TFKDSelf(MethodBase):
+class TFKDSelf(Method):
     """The first loss above. The teacher runs in evaluation mode, on the student's image."""
 
     def __init__(self, section: TFKDSelfSection, network: Network) -> None:
