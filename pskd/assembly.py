@@ -22,7 +22,7 @@ from pskd.run_status import Status
 from pskd.saver import Saver
 from pskd.sites import Sites
 from pskd.startup import Origin
-from pskd.store.store import Store, StoreOptions
+from pskd.store.store import Store
 from pskd.teacher import TrainedNetwork
 from pskd.trainer import Trainer
 from pskd.weights import initialise, weights_sha256
@@ -116,7 +116,6 @@ def _engine(run: Accepted, model: nn.Module) -> Engine:
 
 
 def _store(run: Accepted) -> Store:
-    section = run.config.store
     with run.here.together():
         store = Store(
             run.directory.store,
@@ -126,7 +125,7 @@ def _store(run: Accepted) -> Store:
             run=run.start.run,
             start=run.start.number,
             peers=run.sites,
-            options=StoreOptions(section.encoding, section.read, section.readahead_bytes),
+            options=run.config.store,
             device=run.here.device,
         )
     return store

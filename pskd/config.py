@@ -16,7 +16,7 @@ from pskd.fields import TAGS, content, default_of, known, numerics, output, requ
 from pskd.ignored_options import ignored
 from pskd.methods.sections import MethodSection
 from pskd.models import MODELS
-from pskd.store.registry import check_encoding
+from pskd.store.sections import StoreSection
 
 
 @dataclass(frozen=True)
@@ -171,31 +171,6 @@ class EngineSection:
 
     def check(self) -> None:
         """Nothing without reading the file: see `deepspeed_config.py`."""
-
-
-@dataclass(frozen=True)
-class StoreSection:
-    """The store of past predictions, for the methods that need it."""
-
-    encoding: str = numerics(
-        "float16", "how a row is kept on disk: float16, float32, uint8-log or top<k>"
-    )
-    read: Literal["mmap", "pread"] = speed(
-        "mmap", "read rows through a mapping, or with one system call each"
-    )
-    readahead_bytes: int = speed(
-        0, "read so much of a generation from front to back as its epoch begins; 0: nothing"
-    )
-
-    def check(self) -> None:
-        """The encoding exists."""
-        check_encoding(self.encoding)
-        require(
-            self.readahead_bytes >= 0,
-            "store.readahead_bytes",
-            self.readahead_bytes,
-            "use 0 or more.",
-        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from pskd.store.peers import Alone
-from pskd.store.store import Store, StoreOptions
+from pskd.store.sections import StoreSection
+from pskd.store.store import Store
 
 N, C = 64, 6
 
@@ -18,7 +19,7 @@ def new_store(directory, start=0, n=N, classes=C, device="cpu", **options):
         run="run",
         start=start,
         peers=Alone(),
-        options=StoreOptions(**({"encoding": "float32"} | options)),
+        options=StoreSection(**({"encoding": "float32"} | options)),
         device=torch.device(device),
     )
 

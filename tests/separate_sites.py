@@ -9,7 +9,8 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.errors import AgreedError
 from pskd.order import partition
 from pskd.sites import Sites
-from pskd.store.store import Store, StoreOptions
+from pskd.store.sections import StoreSection
+from pskd.store.store import Store
 
 N, BATCH, STEPS, EPOCHS = 60, 12, 4, 3  # an epoch skips 12 samples
 LEADERS = [[0, 1], [0, 0, 2, 2], [0, 1, 2, 3]]
@@ -56,7 +57,7 @@ def go_on(world, root, leaders, start, stop=None, classes=5):
         run="run",
         start=start,
         peers=here,
-        options=StoreOptions("float32"),
+        options=StoreSection("float32"),
         device=torch.device("cpu"),
     )
     checkpoints.register("store", store)

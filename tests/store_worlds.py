@@ -14,7 +14,8 @@ import torch
 
 from pskd.errors import PskdError
 from pskd.order import partition
-from pskd.store.store import Store, StoreOptions
+from pskd.store.sections import StoreSection
+from pskd.store.store import Store
 
 N, C = 23, 5
 ALL = np.arange(N)
@@ -47,7 +48,7 @@ class World:
     def __init__(self, directory, size=1, start=0, state=None, **other):
         options = {"n": N, "classes": C, "identity": "data", "run": "run"} | other
         encoding = options.pop("encoding", "float32")
-        options |= {"options": StoreOptions(encoding), "device": torch.device("cpu")}
+        options |= {"options": StoreSection(encoding), "device": torch.device("cpu")}
         board, self._barrier = [None] * size, threading.Barrier(size, timeout=20)
         self.size = size
         self.stores = [

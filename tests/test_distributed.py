@@ -27,7 +27,8 @@ from pskd.run_dir import RunDir
 from pskd.saver import Saver
 from pskd.sites import Sites
 from pskd.store import open_generation
-from pskd.store.store import Store, StoreOptions
+from pskd.store.sections import StoreSection
+from pskd.store.store import Store
 from pskd.trainer import Trainer
 from pskd.weights import weights_sha256
 from pskd.world import World
@@ -88,7 +89,7 @@ def trainer_of(
             run="run",
             start=0,
             peers=sites,
-            options=StoreOptions("float32"),
+            options=StoreSection("float32"),
             device=world.device,
         )
     trained = Engine(model, config.optimizer, config.engine, settings, world.timeout)

@@ -22,7 +22,8 @@ from pskd.run_dir import RunDir
 from pskd.saver import Saver
 from pskd.sites import Sites
 from pskd.store import open_generation
-from pskd.store.store import Store, StoreOptions
+from pskd.store.sections import StoreSection
+from pskd.store.store import Store
 from pskd.trainer import Trainer
 from tests.mixings import NO_ERASING, NO_MIXING, SEED, digits_of
 
@@ -66,7 +67,7 @@ def trainer_of(world, path, mixer, accumulation):
         run="run",
         start=0,
         peers=sites,
-        options=StoreOptions("float32"),
+        options=StoreSection("float32"),
         device=world.device,
     )
     engine = Engine(model, config.optimizer, config.engine, settings, world.timeout)

@@ -14,7 +14,8 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.errors import AgreedError, DamagedError
 from pskd.order import partition
 from pskd.sites import Sites, discover
-from pskd.store.store import Store, StoreOptions
+from pskd.store.sections import StoreSection
+from pskd.store.store import Store
 from tests.separate_sites import BATCH, STEPS, N, apart, order_of, rows_of, site_of
 
 
@@ -47,7 +48,7 @@ def train_and_count(world, root, leaders):
         run="run",
         start=0,
         peers=here,
-        options=StoreOptions("float32"),
+        options=StoreSection("float32"),
         device=torch.device("cpu"),
     )
 

@@ -7,9 +7,8 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,23 +29,11 @@ from pskd.store.generation import (
 from pskd.store.lookahead import Lookahead
 from pskd.store.peers import Peers
 from pskd.store.registry import create_encoding
+from pskd.store.sections import StoreSection
 from pskd.store.segment import SegmentReader, SegmentWriter, explain, give_back_room
 from pskd.store.waits import Waits
 
 _CARRIED_ROWS = 4096  # carried forward at a time
-
-
-@dataclass(frozen=True)
-class StoreOptions:
-    """How rows are kept and read.
-
-    encoding: see `registry.py`. read: through a mapping, or one system call a row.
-    readahead_bytes: of a generation, read from front to back as its epoch begins; 0: none.
-    """
-
-    encoding: str = "float16"
-    read: Literal["mmap", "pread"] = "mmap"
-    readahead_bytes: int = 0
 
 
 class Store:
@@ -66,7 +53,7 @@ class Store:
         run: str,
         start: int,
         peers: Peers,
-        options: StoreOptions,
+        options: StoreSection,
         device: torch.device,
     ) -> None:
         """Identity: fingerprint of the data set. run: name of the run, `start`: a number that no

@@ -41,7 +41,8 @@ from pskd.store.peers import Peers
 from pskd.store.ranks import find_peers
 from pskd.store.record import Record
 from pskd.store.registry import create_encoding
-from pskd.store.store import Store, StoreOptions
+from pskd.store.sections import StoreSection
+from pskd.store.store import Store
 
 _NAMED_IDS = 10  # in a message
 
@@ -160,7 +161,7 @@ class TrainingStore:
             run=record.run,
             start=record.starts,
             peers=peers,
-            options=StoreOptions(record.encoding),
+            options=StoreSection(encoding=record.encoding),
             device=device,
         )
 

@@ -38,7 +38,8 @@ from pskd.methods.pskd import PSKD
 from pskd.methods.sections import PSKDSection
 from pskd.store.generation import open_generation
 from pskd.store.peers import Alone
-from pskd.store.store import Store, StoreOptions
+from pskd.store.sections import StoreSection
+from pskd.store.store import Store
 
 CLASSES, BATCH = 1000, 256
 IMAGES_PER_S = 16_000  # of a node with eight fast GPUs
@@ -73,7 +74,7 @@ def make_store(
         run="bench",
         start=start,
         peers=peers or Alone(),
-        options=StoreOptions(encoding),
+        options=StoreSection(encoding),
         device=CPU,
     )
 
