@@ -7,7 +7,6 @@ config.yaml), the measures of its epoch, the hash of its weights.
 
 import importlib.util
 import io
-import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from pskd import models
 from pskd.errors import DamagedError, PskdError
 from pskd.fields import known
-from pskd.files import rewritten, write_atomically, written_again
+from pskd.files import named_by, rewritten, write_atomically, write_json, written_again
 from pskd.run_records import read_complete, read_preprocessing, read_result, saved_settings
 from pskd.weights import (
     difference,
@@ -66,14 +65,10 @@ def export(
         "preprocessing": preprocessing,
         **{name: settings.get(name) for name in ("data", "evaluation")},
     }
-    try:
+    with named_by("--output", target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, content)
-        write_atomically(beside, (json.dumps(described, indent=2) + "\n").encode())
-    except OSError as error:
-        raise PskdError(
-            f"{target} cannot be written: {error.strerror}. Name another place with --output."
-        ) from error
+        write_json(beside, described)
     return target, beside
 
 

@@ -1,13 +1,18 @@
 """Durable files: what is written here is there after a kill or a power cut, whole or not at all."""
 
 import hashlib
+import io
 import json
 import os
 import struct
 import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from pskd.errors import PskdError
@@ -90,6 +95,28 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def write_json(path: Path, value: Any) -> None:
     """As `write_atomically`, of a JSON value."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """As `write_atomically`, of an .npz file, which `numpy.load` reads."""
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **arrays)
+    write_atomically(path, content.getbuffer())
+
+
+@contextmanager
+def named_by(flag: str, path: Path) -> Iterator[None]:
+    """What is written in here goes to a path that a flag can change.
+
+    Raises:
+        PskdError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise PskdError(
+            f"{path} cannot be written: {error.strerror}. Name another place with {flag}."
+        ) from error
 
 
 def read_run_json(path: Path) -> Any:

@@ -14,7 +14,6 @@ lock             held by rank 0 of the running job
 """
 
 import fcntl
-import io
 import json
 import os
 import platform
@@ -27,12 +26,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 from pskd.config import Config
 from pskd.errors import PskdError
-from pskd.files import read_run_json, write_atomically, write_json
+from pskd.files import read_run_json, write_arrays, write_atomically, write_json
 from pskd.run_records import changes, read_starts, saved_settings
 from pskd.run_status import read_status
 
@@ -118,10 +116,8 @@ class RunDir:
         write_json(self.path / name, value)
 
     def write_arrays(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Replace an .npz file, atomically; `numpy.load` reads it."""
-        content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **arrays)
-        write_atomically(self.path / name, content.getbuffer())
+        """As `files.write_arrays`."""
+        write_arrays(self.path / name, arrays)
 
     def read_json(self, name: str) -> Any:
         """As `read_run_json`."""

@@ -160,7 +160,7 @@ def test_a_temperature_is_fitted_on_what_the_run_held_out(pool, run, tmp_path):
         ({"flags": ["--data.pad_to=32"], "bins": 15, "fit": "nowhere.npz"}, ["nowhere.npz: No s"]),
         (
             {"output": "nowhere/x.npz"},
-            ["--output nowhere/x.npz cannot be written", "Name another place."],
+            ["nowhere/x.npz cannot be written", "Name another place with --output."],
         ),
         (
             {"model": "preact_resnet8_w16", "path": "models/checkpoint_2.pth"}

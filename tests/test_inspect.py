@@ -425,8 +425,8 @@ def test_what_the_rows_are_of_is_noted(tmp_path, capsys, flags, part):
 def test_a_place_that_cannot_be_written_is_named(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     error = refusal(capsys, run, "--output", tmp_path / "file")
-    assert f"--output {tmp_path / 'file'} cannot be written" in error
-    assert error.endswith(" Name another place.\n")
+    assert f"{tmp_path / 'file'} cannot be written" in error
+    assert error.endswith(" Name another place with --output.\n")
 
 
 @pytest.mark.slow

@@ -228,9 +228,9 @@ def test_what_cannot_be_written_and_bins_of_none(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     run = str(runs / "pskd")
     assert main(["report", run, "--output", str(tmp_path / "file")]) == 1
-    assert "name another place with --output" in capsys.readouterr().err
+    assert "Name another place with --output" in capsys.readouterr().err
     assert main(["compare", run, "--html", str(tmp_path)]) == 1
-    assert "name another place with --html" in capsys.readouterr().err
+    assert "Name another place with --html" in capsys.readouterr().err
     assert main(["report", run, "--bins", "0"]) == 1
     assert "--bins is 0" in capsys.readouterr().err
     assert main(["compare", run, "--bins", "5"]) == 1

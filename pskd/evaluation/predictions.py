@@ -4,7 +4,6 @@ Letters: N samples, C classes.
 """
 
 import hashlib
-import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from pskd.data.catalog import smallest_hashes
 from pskd.errors import PskdError
 from pskd.evaluation import bootstrap, temperature
-from pskd.files import write_atomically
+from pskd.files import named_by, write_arrays
 from pskd.metrics import Accumulator, Records, check_values, measures, per_sample
 from pskd.progress import counted
 
@@ -116,20 +115,14 @@ def write(path: Path, predictions: Predictions) -> None:
     Raises:
         PskdError: it cannot be written.
     """
-    content = io.BytesIO()
     arrays: dict[str, Any] = {
         "logits": predictions.logits_NC.float().numpy(),
         "labels": predictions.labels_N.to(torch.int32).numpy(),
     }
     if predictions.digests_N is not None:
         arrays[_SAMPLES] = predictions.digests_N
-    np.savez(content, **arrays)
-    try:
-        write_atomically(path, content.getbuffer())
-    except OSError as error:
-        raise PskdError(
-            f"--output {path} cannot be written: {error.strerror}. Name another place."
-        ) from error
+    with named_by("--output", path):
+        write_arrays(path, arrays)
 
 
 def _tensor(arrays: NpzFile, name: str, source: str) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pskd.config import section_types
 from pskd.fields import default_of
+from pskd.files import named_by, write_atomically
 from pskd.methods.sections import METHODS
 from pskd.metrics import Records
 from pskd.progress import counted
@@ -14,7 +15,7 @@ from pskd.report.compare import different_data, labels
 from pskd.report.origin import yaml_value
 from pskd.report.page import Drawing, Part, Section, Text, page
 from pskd.report.run_files import RunFiles, read
-from pskd.report.run_page import without_predictions, write
+from pskd.report.run_page import without_predictions
 from pskd.report.table import Table
 
 
@@ -35,7 +36,9 @@ def compare_page(runs: Sequence[Path], table: Table, output: Path, bins: int | N
     if records:
         sections += _of_predictions(records, bins or max(run.bins for run in files.values()))
     title = f"{counted(len(runs), 'run')} side by side"
-    write(output, page(title, sections, _lead(runs, files)), "--html")
+    with named_by("--html", output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, page(title, sections, _lead(runs, files)).encode())
 
 
 def _lead(runs: Sequence[Path], files: Mapping[str, RunFiles]) -> list[Part]:

@@ -12,7 +12,6 @@ confusion.csv      the 1,000 pairs (label, other class) of the highest mean prob
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from pskd.data.folder import shown
-from pskd.errors import PskdError
-from pskd.files import write_atomically
+from pskd.files import named_by, write_arrays, write_atomically, write_json
 from pskd.inspection.findings import ClassFigures, Findings, IdList
 from pskd.inspection.thumbnails import name_of
 from pskd.report.table import Table, markdown
@@ -60,20 +58,13 @@ def write(findings: Findings, output: Path, top: int, page: str) -> None:
         "classes.csv": (CLASS_COLUMNS, class_rows(findings)),
         "confusion.csv": (PAIR_COLUMNS, pair_rows(findings, _LONGEST)),
     }
-    try:
+    with named_by("--output", output):
         output.mkdir(parents=True, exist_ok=True)
         for name, (header, rows) in tables.items():
             write_atomically(output / name, _csv(header, rows))
-        content = json.dumps(summary(findings, top), indent=2) + "\n"
-        write_atomically(output / "summary.json", content.encode())
-        arrays = io.BytesIO()
-        np.savez(arrays, allow_pickle=False, **_arrays(findings))
-        write_atomically(output / "samples.npz", arrays.getbuffer())
+        write_json(output / "summary.json", summary(findings, top))
+        write_arrays(output / "samples.npz", _arrays(findings))
         write_atomically(output / "index.html", page.encode())
-    except OSError as error:
-        raise PskdError(
-            f"--output {output} cannot be written: {error.strerror}. Name another place."
-        ) from error
 
 
 def _samples(findings: Findings, ids: IdList) -> list[list[Any]]:

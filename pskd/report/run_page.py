@@ -11,7 +11,7 @@ import yaml
 
 from pskd.command_line import resolve
 from pskd.errors import PskdError
-from pskd.files import write_atomically
+from pskd.files import named_by, write_atomically
 from pskd.metrics import Records
 from pskd.progress import counted
 from pskd.report import figures, points
@@ -62,7 +62,9 @@ def report(run: Path, output: Path | None, bins: int | None) -> Path:
         Section("Starts", _starts(files)),
     ]
     path = directory / "index.html"
-    write(path, page(files.name, sections, _lead(files)), "--output")
+    with named_by("--output", path):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, page(files.name, sections, _lead(files)).encode())
     return path
 
 
@@ -75,24 +77,11 @@ class Drawer:
     def __call__(self, plot: Plot) -> Drawing:
         """Write both files."""
         text = figures.svg(plot.figure)
-        write(self._directory / f"{plot.name}.svg", text, "--output")
-        write(self._directory / f"{plot.name}.png", figures.png(plot.figure), "--output")
+        with named_by("--output", self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._directory / f"{plot.name}.svg", text.encode())
+            write_atomically(self._directory / f"{plot.name}.png", figures.png(plot.figure))
         return Drawing(text, plot.alt, plot.caption)
-
-
-def write(path: Path, content: str | bytes, flag: str) -> None:
-    """Replace a file, whose directory is made. flag: says where else it could go.
-
-    Raises:
-        PskdError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise PskdError(
-            f"{path} cannot be written ({error.strerror}): name another place with {flag}."
-        ) from error
 
 
 def without_predictions(runs: Sequence[RunFiles]) -> str:
