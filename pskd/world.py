@@ -94,13 +94,13 @@ def join(place: launch.Launch, device: torch.device, timeout_s: int, limit: str)
         keep_freed_memory()
     launch.choose_interface()
     timeout = timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
+        # Not left to DeepSpeed, which binds the group to this rank's GPU, also that of gloo: torch
+        # then makes each later group by splitting NCCL's, which all ranks have to take part in.
+        dist.init_process_group(backend, timeout=timeout)
         # verbose False: DeepSpeed would print the backend on every rank.
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=timeout,
-            verbose=False,
-        )
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)
     except (RuntimeError, ValueError) as error:

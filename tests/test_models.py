@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pskd.models import MODELS, build, pyramidnet, torchvision_names
+from pskd.models.probe import check_takes
 from tests.small_networks import SMALL
 
 TORCHVISION = set(torchvision_names.NAMES)
@@ -405,3 +406,9 @@ def test_names_are_known_without_importing_torch():
 def test_an_unknown_name_is_a_key_error():
     with pytest.raises(KeyError):
         build("resnet19", 10)
+
+
+def test_a_network_is_tried_where_it_lies():
+    """On a GPU, for example; here on the device that only computes shapes."""
+    network = build("preact_resnet8_w16", num_classes=10).to("meta")
+    check_takes(network, "preact_resnet8_w16", [(8, 8)], "--data.image_size")

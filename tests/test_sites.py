@@ -231,6 +231,34 @@ FLAGS = (
 )
 
 
+LEADERS = """
+import torch
+import torch.distributed as dist
+from pskd import launch, world
+from pskd.sites import Sites
+here = world.join(launch.from_environment(), torch.device("cpu"), 60, "run.timeout_s")
+assert dist.group.WORLD.bound_device_id is None
+assert Sites(here, [0, 0, 2]).gather(here.rank) == [0, 1, 2]
+world.stop(here)
+"""
+
+
+def test_leaders_make_a_group_that_the_other_ranks_know_nothing_of(tmp_path):
+    """DeepSpeed's accelerator is a GPU here, as it is for `pskd doctor` on a node with GPUs."""
+    program = tmp_path / "leaders.py"
+    program.write_text(LEADERS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    done = subprocess.run(
+        [*torchrun, program],
+        env={**os.environ, "DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 class Nodes:
     """Two nodes of one process each; the run directory is another disk on each of them."""
 

@@ -19,10 +19,11 @@ def check_takes(
         PskdError: names network, size, the reason and the remedy.
     """
     model.eval()
+    device = next(model.parameters(), torch.empty(0)).device
     for height, width in sizes:
         try:
             with torch.no_grad():
-                model(torch.zeros(1, 3, height, width))
+                model(torch.zeros(1, 3, height, width, device=device))
         except Exception as error:  # whatever its family raises
             reason = " ".join(str(error).split()).rstrip(".!") or type(error).__name__
             raise PskdError(
