@@ -86,7 +86,10 @@ class Engine:
         if self.sharded or dist.get_world_size() == 1 or deepspeed_config.communicates(settings):
             return None
         self._engine.enable_backward_allreduce = False
-        return GradientReducer(self.model, self._engine.data_parallel_group)
+        # The group that SyncBatchNorm uses in the same backward pass: with two communicators on a
+        # GPU, all ranks would have to start the sums of both in one order.
+        assert dist.group.WORLD is not None
+        return GradientReducer(self.model, dist.group.WORLD)
 
     def train(self) -> None:
         """BatchNorm uses and updates the statistics of the batch."""

@@ -51,7 +51,7 @@ SlurmUser=root
 AuthType=auth/munge
 AuthInfo=cred_expire=5
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 MpiDefault=none
 ReturnToService=2
 SelectType=select/cons_tres
@@ -195,8 +195,10 @@ def wait_for_checkpoint(run_dir, explain):
 
 def test_two_nodes_train_what_one_host_does(cluster, tmp_path, undisturbed):
     run_dir = tmp_path / "run"
-    job = cluster.submit(run_dir)
+    job = cluster.submit(run_dir, "--cpus-per-task=2")
     log = tmp_path / f"job-{job}.log"
+    wait_for_checkpoint(run_dir, lambda: cluster.logs() + log.read_text())
+    assert {len(rank.cpu_affinity()) for rank in processes_of(run_dir)} == {2}
     assert cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", log.read_text()
     assert result(run_dir)["weights_sha256"] == undisturbed
     assert len(metrics(run_dir)) == 6

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pskd.store.appender import _Slot
+from pskd.store.appender import _SLOTS, _Slot
 from pskd.store.format import HEADER_BYTES
 from pskd.store.registry import create_encoding
 from pskd.store.segment import Chunk
@@ -234,7 +234,9 @@ def test_a_gpu_reads_and_remembers_what_a_cpu_does(tmp_path, encoding, classes):
         for step in range(32):
             on_cpu, on_gpu = kept["cpu", epoch, step], kept["cuda", epoch, step]
             assert torch.equal(on_cpu[1], on_gpu[1])
-            torch.testing.assert_close(on_gpu[0], on_cpu[0], rtol=1e-5, atol=1e-7)
+            # Logarithms of a GPU may fall on the other side of a step of uint8-log: exp(16 / 255).
+            rtol = 0.07 if encoding == "uint8-log" else 1e-5
+            torch.testing.assert_close(on_gpu[0], on_cpu[0], rtol=rtol, atol=1e-7)
 
 
 @needs_gpu
@@ -284,7 +286,8 @@ def test_a_busy_gpu_is_not_waited_for(tmp_path):
     store = new_store(tmp_path, device="cuda")
     store.begin_epoch(0)
     rows = probabilities(0).to("cuda")
-    store.remember(np.arange(N), rows)  # buffers are made at the first call
+    for _ in range(_SLOTS):  # to make all buffers: pinning memory waits for the GPU
+        store.remember(np.arange(N), rows)
     store.commit()
     torch.cuda._sleep(2_000_000_000)  # cycles: about a second on the stream
     done = torch.cuda.Event()

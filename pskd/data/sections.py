@@ -50,7 +50,9 @@ class DataSection:
         "auto", "folder: where images are decoded; auto: on the GPU (mixed) if there is one"
     )
     hw_decoder_load: float = numerics(
-        0.65, "folder: share of images for the GPU's decoding engine, if it has one"
+        0.65,
+        "folder: share of a batch for the GPU's decoding engine, if it has one; 0 or 1: which "
+        "decoder an image meets depends on no batch, and neither do its pixels",
     )
     threads: int = speed(0, "folder: decoding threads a rank; 0: its share of the cores")
     prefetch: int = speed(2, "folder: batches decoded ahead")

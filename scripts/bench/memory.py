@@ -2,9 +2,10 @@
 
     python scripts/bench/memory.py                       # 1,281,167 samples, 1,000 classes
 
-A network of one layer on images of 4 x 4 pixels, so that an epoch takes a minute; two processes,
-three epochs: predictions are written, read, and replaced. Anonymous memory is what a process holds;
-pages of the store's files are the system's cache, which it takes back when it needs the room.
+A network of one layer on images of 4 x 4 pixels, so that an epoch takes a minute; two processes
+(one on a single GPU), three epochs: predictions are written, read, and replaced. Anonymous memory
+is what a process holds; pages of the store's files are the system's cache, which it takes back when
+it needs the room.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from paired import table
 
 ROOT = Path(__file__).parents[2]
-PROCESSES, BATCH, SIDE, EPOCHS = 2, 256, 4, 3
+BATCH, SIDE, EPOCHS = 256, 4, 3
+PROCESSES = min(2, torch.cuda.device_count() or 2)
 
 
 def build(num_classes: int) -> Any:

@@ -40,7 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet18
 
 from pskd import command_line, world
+from pskd.config import EngineSection
 from pskd.data.catalog import DATASETS
+from pskd.inference import choose_kernels
 from pskd.job import Job
 from pskd.trainer import Trainer
 from pskd.world import World
@@ -49,6 +51,11 @@ BATCH, SIDE = 64, 64  # samples and pixels, of a rank
 MEAN, STD = 0.5 * 255, 0.3 * 255
 PLAIN = "plain DDP"
 EPOCHS = 10_000  # more than are trained: alpha stays small, which costs the same
+
+
+def kernels_of(here: World, engine: EngineSection) -> None:
+    """These choices are the process's: each contender makes its own again before it runs."""
+    choose_kernels(here.device, tf32=engine.tf32, deterministic=engine.deterministic)
 
 
 class PlainLoop:
@@ -71,7 +78,8 @@ class PlainLoop:
         )
 
     def epoch(self, epoch: int) -> None:
-        """All images once, in a new order."""
+        """All images once, in a new order; with the kernels of the baseline."""
+        kernels_of(self._here, command_line.load([]).engine)
         generator = torch.Generator().manual_seed(epoch)
         order = torch.randperm(len(self._labels_N), generator=generator)
         total = torch.zeros((), device=self._here.device)
@@ -96,6 +104,7 @@ class Ours:
 
     def epoch(self, epoch: int) -> None:
         """As a run trains it."""
+        kernels_of(self._trainer.world, self._trainer.config.engine)
         constants = self._trainer.method.begin_epoch(epoch, EPOCHS)
         self._trainer.train_epoch(epoch, 0, constants)
 
