@@ -10,16 +10,15 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import date
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jsonargparse
 
 from pskd import recipe
-from pskd.config import Config, section_types
+from pskd.config import Config, fields_of, section_types
 from pskd.errors import PskdError
-from pskd.fields import known
+from pskd.fields import default_of, known
 from pskd.ignored_options import ignored
 from pskd.methods.sections import METHODS
 
@@ -213,13 +212,8 @@ def _choose_method(layers: list[_Layer]) -> tuple[str, list[_Layer]]:
     return method, kept
 
 
-@cache
-def _keys(method: str) -> dict[str, dataclasses.Field[Any]]:
-    return {
-        f"{section}.{f.name}": f
-        for section, kind in section_types(METHODS[method])
-        for f in dataclasses.fields(kind)
-    }
+def _keys(method: str) -> Mapping[str, dataclasses.Field[Any]]:
+    return fields_of(METHODS[method])
 
 
 def _check_keys(layer: _Layer, method: str) -> None:
@@ -264,9 +258,9 @@ def _parser(method: str) -> Any:
     for section, kind in section_types(METHODS[method]):
         group = parser.add_argument_group(section, (kind.__doc__ or "").strip())
         for f in dataclasses.fields(kind):
-            default = f.default_factory() if callable(f.default_factory) else f.default
             text = f"{f.metadata['help']} [{f.metadata['tag']}]"
-            group.add_argument(f"--{section}.{f.name}", type=f.type, default=default, help=text)
+            flag, default = f"--{section}.{f.name}", default_of(f)
+            group.add_argument(flag, type=f.type, default=default, help=text)
     return parser
 
 

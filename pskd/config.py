@@ -5,8 +5,9 @@ Names are the paper's and DeepSpeed's. How they are given: `command_line.py`.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import yaml
@@ -295,11 +296,7 @@ class Config:
 
     def defaults(self) -> dict[str, Any]:
         """Flat `section.field` -> default of every field."""
-        return {
-            f"{section}.{f.name}": default_of(f)
-            for section, kind in section_types(type(self.method))
-            for f in dataclasses.fields(kind)
-        }
+        return {key: default_of(f) for key, f in fields_of(type(self.method)).items()}
 
     def flat(self) -> dict[str, Any]:
         """Flat `section.field` -> value of every field."""
@@ -308,9 +305,8 @@ class Config:
     def values(self, tag: str) -> dict[str, Any]:
         """Flat `section.field` -> value of the fields with this tag."""
         return {
-            f"{section}.{f.name}": getattr(getattr(self, section), f.name)
-            for section, kind in section_types(type(self.method))
-            for f in dataclasses.fields(kind)
+            key: getattr(getattr(self, key.partition(".")[0]), f.name)
+            for key, f in fields_of(type(self.method)).items()
             if f.metadata["tag"] == tag
         }
 
@@ -319,3 +315,13 @@ def section_types(method: type[MethodSection]) -> Iterator[tuple[str, Any]]:
     """(name, dataclass) of each section of a configuration with this method."""
     for section in dataclasses.fields(Config):
         yield section.name, method if section.name == "method" else section.type
+
+
+@cache
+def fields_of(method: type[MethodSection]) -> Mapping[str, dataclasses.Field[Any]]:
+    """`section.field` -> each field of a configuration with this method."""
+    return {
+        f"{section}.{f.name}": f
+        for section, kind in section_types(method)
+        for f in dataclasses.fields(kind)
+    }

@@ -15,7 +15,6 @@ from pskd.checkpoint import Position
 from pskd.config import Config
 from pskd.errors import EXIT_FAILED, AgreedError
 from pskd.failure import repeats, understand
-from pskd.fields import TAGS
 from pskd.loading import AnyCatalog, catalog_and_plan, input_sizes
 from pskd.models.probe import check_takes
 from pskd.startup import open_directory, register_start
@@ -99,12 +98,7 @@ class Job:
 
 def compare_configurations(config: Config, here: World) -> None:
     """Refuse ranks that were given another command line or file."""
-    mine = {
-        key: value
-        for tag in TAGS
-        for key, value in config.values(tag).items()
-        if key not in _OF_A_NODE
-    }
+    mine = {key: value for key, value in config.flat().items() if key not in _OF_A_NODE}
     first, *others = here.gather(mine)
     for rank, values in enumerate(others, start=1):
         odd = [key for key in {**first, **values} if first.get(key) != values.get(key)]

@@ -1,10 +1,9 @@
 """`pskd compare --html`: runs side by side as a page."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pskd.config import section_types
+from pskd.config import fields_of
 from pskd.fields import default_of
 from pskd.files import named_by, write_atomically
 from pskd.methods.sections import METHODS
@@ -79,11 +78,7 @@ def _defaults(run: RunFiles) -> dict[str, str]:
     method = METHODS.get(run.settings.get("method", {}).get("name", ""))
     if method is None:
         return {}
-    return {
-        f"{section}.{field.name}": yaml_value(default_of(field))
-        for section, kind in section_types(method)
-        for field in dataclasses.fields(kind)
-    }
+    return {key: yaml_value(default_of(field)) for key, field in fields_of(method).items()}
 
 
 def _of_predictions(records: Mapping[str, Records], bins: int) -> list[Section]:

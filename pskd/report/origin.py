@@ -3,7 +3,6 @@
 Imports no torch.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 
 from pskd import recipe
 from pskd.command_line import resolve
-from pskd.config import section_types
+from pskd.config import fields_of
 from pskd.fields import default_of
 from pskd.methods.sections import METHODS
 
@@ -38,20 +37,20 @@ def changed(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     if method != own.get("method.name"):  # options of the same name mean something else
         own = {key: value for key, value in own.items() if not key.startswith("method.")}
     found = {} if settings["run"].get("resume") is None else {"run.resume": "a run"}
-    for section, kind in section_types(METHODS.get(method, METHODS["pskd"])):
-        if section == "method" and method not in METHODS:  # of a program of one's own
-            found |= {f"method.{key}": yaml_value(value) for key, value in of_run.items()}
+    if method not in METHODS:  # of a program of one's own
+        found |= {f"method.{key}": yaml_value(value) for key, value in of_run.items()}
+    for key, field in fields_of(METHODS.get(method, METHODS["pskd"])).items():
+        section, _, _ = key.partition(".")
+        if section == "method" and method not in METHODS:
             continue
-        for field in dataclasses.fields(kind):
-            key = f"{section}.{field.name}"
-            before = own.get(key, default_of(field))
-            value = settings.get(section, {}).get(field.name, before)
-            if key in _OF_FILES and field.type in (str, str | None) and value:
-                value = "a file"
-                before = "a file" if before == "" else before  # has to be named
-            decides = field.metadata["tag"] in ("numerics", "content") or key in _DECIDE
-            if decides and key != "train.seed" and value != before:
-                found[key] = yaml_value(value)
+        before = own.get(key, default_of(field))
+        value = settings.get(section, {}).get(field.name, before)
+        if key in _OF_FILES and field.type in (str, str | None) and value:
+            value = "a file"
+            before = "a file" if before == "" else before  # has to be named
+        decides = field.metadata["tag"] in ("numerics", "content") or key in _DECIDE
+        if decides and key != "train.seed" and value != before:
+            found[key] = yaml_value(value)
     return found
 
 
