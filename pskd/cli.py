@@ -40,8 +40,7 @@ _TAKE_SETTINGS = ("evaluate", "inspect", "doctor")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Of several ranks, one says why they fail."""
-    launched = launch.is_launched()
-    if launched:
+    if launch.is_launched():
         launch.die_with_launcher()  # first of all: imports take seconds, and a launcher can die
     words, settings = _split_settings(sys.argv[1:] if argv is None else argv)
     parser = _parser()
@@ -61,10 +60,13 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_FAILED
     except PskdError as error:
         launch.refuse(error)
-        if launched:
-            os._exit(EXIT_FAILED)  # groups whose peers are gone may abort an orderly end
         return EXIT_FAILED
     return EXIT_COMPLETE if code is None else int(code)
+
+
+def run() -> NoReturn:
+    """The whole of the command: by its arguments, and exit."""
+    launch.end(main())
 
 
 def _split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -105,4 +107,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,6 +1,5 @@
 """Parse, run, exit code. A refused command line costs no torch import."""
 
-import os
 import sys
 from typing import NoReturn
 
@@ -26,10 +25,4 @@ def main(argv: list[str]) -> int:
 
 def run() -> NoReturn:
     """The whole of train.py, and of a program of one's own: train by its arguments, and exit."""
-    code = main(sys.argv[1:])
-    if code == EXIT_FAILED:
-        # Groups whose peers are gone, and threads that still work, may abort an orderly end.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    launch.end(main(sys.argv[1:]))

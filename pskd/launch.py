@@ -12,8 +12,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from pskd.errors import AgreedError, PskdError
+from pskd.errors import EXIT_FAILED, AgreedError, PskdError
 
 _PR_SET_PDEATHSIG = 1
 _LAST_WORD_S = 5.0
@@ -64,6 +65,17 @@ def refuse(error: PskdError) -> None:
     else:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
+
+
+def end(code: int) -> NoReturn:
+    """End this process: after a failure at once, as process groups whose peers are gone, and
+    threads that still work, may abort an orderly end.
+    """
+    if code == EXIT_FAILED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def from_environment() -> Launch:

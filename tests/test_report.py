@@ -13,6 +13,7 @@ import yaml
 from pskd.cli import main
 from pskd.metrics import Records, measures
 from pskd.report import figures, points
+from pskd.report.origin import published
 from pskd.report.page import INK, Code, Drawing, Gallery, Image, Section, Text, page
 from pskd.report.run_files import read
 from pskd.report.table import Table, render
@@ -250,6 +251,24 @@ def test_runs_of_other_data_are_warned_of_on_the_page_and_beside_the_table(runs,
     assert captured.err == f"warning: {warning}\n"
     assert warning in words(parsed(output).text)
     assert f"| {other} " in captured.out
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({}, True),
+        ({"data": {"root": "elsewhere"}, "train": {"seed": 3}, "engine": {"tf32": True}}, True),
+        ({"data": {"name": "cifar10"}}, False),
+        ({"model": {"name": "densenet121"}}, False),
+        ({"train": {"epochs": 2}}, False),
+        ({"method": {"name": "pskd", "alpha_T": 0.5}}, False),
+        ({"method": {"name": "baseline"}}, False),
+        ({"run": {"recipe": "digits-pskd"}}, False),
+    ],
+)
+def test_published_figures_are_of_one_task_network_method_and_length(settings, known):
+    recipe = {"recipe": "cifar100-preact_resnet18-pskd"}
+    assert bool(published({"run": recipe, **settings})) == known
 
 
 def test_published_figures_stand_beside_and_latex_is_escaped(tmp_path, capsys):

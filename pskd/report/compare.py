@@ -23,7 +23,7 @@ def comparison(runs: Sequence[Path]) -> Table:
         PskdError: a directory holds no complete run.
     """
     rows = [_row(run, label) for run, label in zip(runs, labels(runs), strict=True)]
-    known = [published(saved_settings(run)["run"].get("recipe")) for run in runs]
+    known = [published(saved_settings(run)) for run in runs]
     return Table(["run", "epochs", *_titles(known), "best top-1 error % (epoch)"], rows)
 
 
@@ -45,7 +45,7 @@ def by_recipe(runs: Sequence[Path]) -> Table:
     rows, known = [], []
     for (recipe_name, changes), lasts in groups.items():
         _check_seeds(list(lasts))
-        known.append(published(recipe_name))
+        known.append(published(saved_settings(next(iter(lasts)))))
         name = ", ".join(part for part in (recipe_name, changes) if part)
         rows.append([name, str(len(lasts)), *_cells(list(lasts.values()), known[-1])])
     return Table(["recipe", "runs", *_titles(known)], rows)
@@ -122,7 +122,7 @@ def _measured_on(run: Path) -> str:
 def _row(run: Path, label: str) -> list[str]:
     result = _result(run)
     last, best = result["last"], result["best"]
-    known = published(saved_settings(run)["run"].get("recipe"))
+    known = published(saved_settings(run))
     best_cell = f"{best['top1_error']:.2f} ({best['epoch'] + 1})"
     return [label, str(last["epoch"] + 1), *_cells([last], known), best_cell]
 

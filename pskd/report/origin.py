@@ -15,12 +15,19 @@ from pskd.fields import default_of
 from pskd.methods.sections import METHODS
 
 _OF_FILES = ("model.init", "method.teacher")
+_OF_FIGURES = ("data.name", "data.limit", "data.held_out", "model.name", "train.epochs")
 _DECIDE = ("evaluation.precision",)  # what is measured, not what is trained
 
 
-def published(name: str | None) -> Mapping[str, float]:
-    """The published figures of a recipe of the package; none for others."""
-    return recipe.read(name).published if name in recipe.names() else {}
+def published(settings: Mapping[str, Mapping[str, Any]]) -> Mapping[str, float]:
+    """The published figures of a run's recipe; none if it is not one of the package, or the run has
+    another task, network, method or number of epochs. settings: of config.yaml.
+    """
+    name = settings["run"].get("recipe")
+    if name not in recipe.names():
+        return {}
+    another = any(key in _OF_FIGURES or key.startswith("method.") for key in changed(settings))
+    return {} if another else recipe.read(name).published
 
 
 def changed(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

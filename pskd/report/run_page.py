@@ -117,7 +117,7 @@ def _lead(files: RunFiles) -> list[Part]:
 
 
 def _measures(files: RunFiles) -> list[Part]:
-    known = published(files.recipe)
+    known = published(files.settings)
     columns: list[tuple[str, Line]] = [(f"epoch {files.last['epoch'] + 1}", files.last)]
     if files.best is not None and files.best["epoch"] != files.last["epoch"]:
         columns.append((f"best top-1 error: epoch {files.best['epoch'] + 1}", files.best))
