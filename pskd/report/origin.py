@@ -42,7 +42,7 @@ def changed(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     of_run = dict(settings.get("method", {}))
     method = of_run.get("name", own.get("method.name", "pskd"))
     if method != own.get("method.name"):  # options of the same name mean something else
-        own = {key: value for key, value in own.items() if not key.startswith("method.")}
+        own = {k: v for k, v in own.items() if k == "method.name" or not k.startswith("method.")}
     found = {} if settings["run"].get("resume") is None else {"run.resume": "a run"}
     if method not in METHODS:  # of a program of one's own
         found |= {f"method.{key}": yaml_value(value) for key, value in of_run.items()}
