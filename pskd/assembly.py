@@ -11,6 +11,7 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.engine import Engine
 from pskd.errors import AgreedError
+from pskd.exports import Exports
 from pskd.history import History
 from pskd.loading import AnyCatalog, loader, mixer, preprocessing
 from pskd.methods import registry
@@ -86,6 +87,7 @@ def assemble(run: Accepted, model: nn.Module) -> tuple[Trainer, Position]:
         method=method,
         store=store,
         saver=Saver(config, here, run.sites, engine, store, checkpoints, history),
+        exports=Exports(config, directory.path, engine, run.sites, catalog.num_classes),
         history=history,
         status=status,
         trackers=trackers,
@@ -149,7 +151,8 @@ def _initialise(model: nn.Module, run: Accepted) -> None:
     """The weights that training begins with, if a file names them."""
     section, here = run.config.model, run.here
     begun = here.broadcast(Checkpoints(run.directory.checkpoints).exist())
-    if section.init is not None and not begun:  # else a checkpoint brings the weights
+    adopts = here.broadcast(run.origin is not None)
+    if section.init is not None and not begun and not adopts:  # else a checkpoint has the weights
         with here.together():
             initialise(model, section.name, section.init, section.new_head)
         found = here.gather(weights_sha256(model))

@@ -148,10 +148,46 @@ def _origin(config: Config, directory: RunDir) -> Origin | None:
         )
     run = RunDir(path.absolute().parent.parent)
     origin = Origin(run, path.absolute(), run.differences(config))
+    _refuse_the_end(origin, config)
+    _refuse_other_weights(origin, config)
+    _refuse_other_rows(origin, config)
     _refuse_other_groups(origin)
     if Position.of(path.name).step:
         _refuse_other_order(origin)
     return origin
+
+
+def _refuse_the_end(origin: Origin, config: Config) -> None:
+    """A run that ends before it begins would have measures of other weights than its own."""
+    position = Position.of(origin.checkpoint.name)
+    if position > (config.train.epochs, 0):
+        where = f"in epoch {position.epoch + 1}" if position.step else f"after {position.epoch}"
+        raise PskdError(
+            f"run.resume {origin.checkpoint} lies {where}, and train.epochs is "
+            f"{config.train.epochs}: name an earlier checkpoint, or train for more epochs."
+        )
+
+
+def _refuse_other_weights(origin: Origin, config: Config) -> None:
+    """They are those of the checkpoint. The file that the other run began with may be gone."""
+    changes = [change for change in origin.changes if change.startswith("model.init ")]
+    if changes and config.model.init is not None:
+        raise PskdError(
+            f"run.resume {origin.checkpoint}: {changes[0]}, but the weights are the checkpoint's. "
+            "Leave one of the two out."
+        )
+
+
+def _refuse_other_rows(origin: Origin, config: Config) -> None:
+    """The past predictions go on as they are kept."""
+    changes = [change for change in origin.changes if change.startswith("store.encoding ")]
+    keeps = origin.checkpoint.name in Checkpoints(origin.checkpoint.parent).store_states()
+    if changes and keeps and config.method.keeps_predictions:
+        raise PskdError(
+            f"run.resume {origin.checkpoint}: {changes[0]}, and its past predictions are not "
+            "converted. Keep the setting, or begin from its weights alone: instead of --resume, "
+            f"give --model.init a checkpoint of {origin.run.path} or one of its exports."
+        )
 
 
 def _refuse_other_groups(origin: Origin) -> None:

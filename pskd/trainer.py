@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from pskd.data.mix import Mixer
 from pskd.data.transfer import to_device
 from pskd.engine import Engine
 from pskd.errors import EXIT_COMPLETE, EXIT_STOPPED, AgreedError
+from pskd.exports import Exports
 from pskd.files import sha256_of
 from pskd.guard import Guard, StopRequest
 from pskd.hashing import hash64
@@ -36,7 +36,7 @@ from pskd.saver import Saver
 from pskd.schedule import lr_at
 from pskd.store.store import Store
 from pskd.tracking import Tracker
-from pskd.weights import export_path, export_weights, weights_sha256
+from pskd.weights import weights_sha256
 from pskd.world import World
 
 log = logging.getLogger("pskd")
@@ -48,8 +48,8 @@ MOST_GREY = 0.1  # of the samples of an epoch: with more bad images it is the da
 class TrainedStep:
     """A trained step whose verdict is not known yet.
 
-    ids_B: this rank's samples. strangers: places whose predictions are not remembered. absent:
-    ids of samples that a grey image stood in for.
+    ids_B: this rank's samples. strangers: places whose predictions are not remembered. absent: how
+    many have weight 0. bad: ids of images that could not be decoded.
     """
 
     epoch: int
@@ -58,7 +58,8 @@ class TrainedStep:
     loss_B: Tensor
     remember_BC: Tensor | None
     strangers: list[int]
-    absent: list[int]
+    absent: int
+    bad: list[int]
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Trainer:
     method: Method
     store: Store | None
     saver: Saver
+    exports: Exports
     history: History
     status: Status | None  # on the first rank that sees a directory
     trackers: Sequence[Tracker] = ()  # on rank 0
@@ -126,6 +128,7 @@ class Trainer:
         self.data.expect_bad(self.history.absent)
         self.data.begin(walk, *position)
         self.saver.begin(position)
+        self.exports.begin(self.history, between_epochs=position.step == 0)
         if self.status is not None:
             self.status.write("running", None, *position)
         if self.world.rank != 0:
@@ -133,8 +136,9 @@ class Trainer:
         self.run_dir.write_metrics(self.history.lines)
         for tracker in self.trackers:
             tracker.begin(self.history.lines)
-        if position.step == 0 and self.history.lines:
-            self._export()
+        if position.epoch < self.config.train.epochs:  # gone back: they are of another history
+            for name in ("result.json", "evaluation.npz"):
+                (self.run_dir.path / name).unlink(missing_ok=True)
 
     def train_epoch(self, epoch: int, first_step: int, constants: dict[str, float]) -> bool:
         """Train the steps of an epoch from `first_step` on; False if asked to stop."""
@@ -148,7 +152,7 @@ class Trainer:
                 self._settle()
                 self._pending = trained
                 stop, due = self._stop.signal is not None, self.saver.due_by_time()
-                self._guard.submit(stop, due, trained.loss_B.sum(), len(trained.absent))
+                self._guard.submit(stop, due, trained.loss_B.sum(), trained.absent)
                 progress.advance(self.plan.batch_size(step), self._loss, self._waits_s())
                 if self.profile is not None:
                     self.profile.step(self._waits_s())
@@ -174,7 +178,7 @@ class Trainer:
         lr = self._lr(epoch, step)
         losses, rows, first = [], [], 0
         strangers: list[int] = []
-        absent: list[int] = []
+        absent, bad = 0, list[int]()
         for micro in micros:
             part = slice(first, first + len(micro.ids_B))
             first = part.stop
@@ -183,7 +187,8 @@ class Trainer:
             images = self.data.train_batch(micro)
             self._data_wait_s += time.monotonic() - asked
             batch = self.mixer(images, epoch)
-            absent += ids_B[part][list(batch.absent)].tolist()
+            absent += len(batch.absent)
+            bad += batch.bad
             strangers += [part.start + place for place in batch.strangers()]
             output = self.method(self.engine.forward, batch, past and past.part(part))
             loss_B = output.loss_B * batch.weight_B * micro.scale
@@ -191,9 +196,10 @@ class Trainer:
             losses.append(loss_B.detach() / len(micros))
             if output.remember_BC is not None:
                 rows.append(output.remember_BC)
-        self.history.absent += absent
+        self.history.absent += bad
         remember_BC = torch.cat(rows) if rows else None
-        return TrainedStep(epoch, step, ids_B, torch.cat(losses), remember_BC, strangers, absent)
+        loss_B = torch.cat(losses)
+        return TrainedStep(epoch, step, ids_B, loss_B, remember_BC, strangers, absent, bad)
 
     def _settle(self) -> None:
         """Read the verdict on the step before; only then do its rows go to the disk.
@@ -244,7 +250,7 @@ class Trainer:
             what = f"more than {MOST_GREY:.0%} of an epoch's images cannot be decoded"
         else:
             return
-        bad = [sample for ids in self.world.gather(step.absent) for sample in ids]
+        bad = [sample for ids in self.world.gather(step.bad) for sample in ids]
         raise AgreedError(
             f"{what}, up to {where(step.epoch, step.step)}, the last of them "
             f"{self.data.name(bad[0])}: these are not the images that were indexed. Bring them "
@@ -280,7 +286,7 @@ class Trainer:
             self.run_dir.write_metrics(self.history.lines)
             for tracker in self.trackers:
                 tracker.add(line)
-            self._export()
+        self.exports.write(self.history)
 
     def _waits_s(self) -> dict[str, float]:
         """Of this rank in this epoch."""
@@ -338,21 +344,6 @@ class Trainer:
     def _asked_to_stop(self) -> bool:
         """Between two epochs, where no step's flags tell of a request during the evaluation."""
         return any(self.world.gather(self._stop.signal is not None))
-
-    def _export(self) -> None:
-        """Weights for plain torch, as they are after the last epoch in the history."""
-        line = self.history.lines[-1]
-        epoch, every = line["epoch"], self.config.checkpoint.export_every
-        last = epoch + 1 == self.config.train.epochs
-        which: list[int | Literal["best"]] = ["best"] if line == self.history.best else []
-        if last or (every and (epoch + 1) % every == 0):
-            which.append(epoch)
-        for each in which:
-            export_weights(
-                export_path(self.run_dir.path, each),
-                self.engine.evaluated,
-                {"model": self.config.model.name, "num_classes": self.num_classes, **line},
-            )
 
     def _complete(self) -> None:
         """The end: evaluation.npz, result.json, and the status that launch scripts wait for."""

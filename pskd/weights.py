@@ -57,6 +57,18 @@ def export_path(run: Path, which: int | Literal["best"]) -> Path:
     return run / "models" / f"checkpoint_{which if which == 'best' else which + 1}.pth"
 
 
+def is_export_of(path: Path, line: Mapping[str, Any]) -> bool:
+    """Whether a file holds weights that were exported with this line of metrics.jsonl.
+
+    Reads no weights. False for a file that is missing, damaged, or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch's unpickler raises anything
+        return False
+    return isinstance(content, dict) and all(content.get(key) == line[key] for key in line)
+
+
 def export_bytes(model: nn.Module) -> int:
     """Size of a file that `export_weights` writes, about."""
     return sum(tensor.nbytes + 512 for tensor in model.state_dict().values())

@@ -182,6 +182,7 @@ def test_a_bad_peer_takes_its_sample_along(small):
         ids, peers = micro.ids_B.tolist(), peer(0, micro.ids_B).tolist()
         rows = [r for r in range(8) if 3 in (ids[r], peers[r])]
         assert batch.absent == tuple(rows)
+        assert batch.bad == ((3,) if rows else ()), "not the sample that it was to be a peer of"
         assert batch.weight_B.tolist() == [float(r not in rows) for r in range(8)]
         assert batch.labels_B.tolist() == catalog.train.labels_N[ids].tolist()
         for r in range(8):

@@ -18,6 +18,7 @@ from pskd.data.mix import Mixer
 from pskd.data.sections import ErasingSection, MixingSection
 from pskd.engine import Engine
 from pskd.errors import AgreedDamage, AgreedError, DamagedError, PskdError
+from pskd.exports import Exports
 from pskd.guard import Guard
 from pskd.history import History
 from pskd.methods import registry
@@ -106,6 +107,7 @@ def trainer_of(
         method=method,
         store=store,
         saver=Saver(config, world, sites, trained, store, Checkpoints(Path(path), 1), history),
+        exports=Exports(config, Path(path), trained, sites, 10),
         history=history,
         status=None,
     )

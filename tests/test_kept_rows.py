@@ -15,6 +15,7 @@ from pskd.data.mix import Mixer, cut_boxes, partners, shares
 from pskd.data.sections import MixingSection
 from pskd.engine import Engine
 from pskd.errors import AgreedError
+from pskd.exports import Exports
 from pskd.history import History
 from pskd.methods import registry
 from pskd.order import Plan, Walk, epoch_order
@@ -44,7 +45,8 @@ class Flawed(ArrayData):
         bad = np.flatnonzero(np.isin(micro.ids_B, self.unreadable)).tolist()
         weight_B = batch.weight_B.clone()
         weight_B[bad] = 0
-        return replace(batch, absent=tuple(bad), weight_B=weight_B)
+        ids = tuple(batch.ids_B[bad].tolist())
+        return replace(batch, absent=tuple(bad), bad=ids, weight_B=weight_B)
 
 
 def trainer_of(world, path, mixer, accumulation):
@@ -84,6 +86,7 @@ def trainer_of(world, path, mixer, accumulation):
         method=registry.create(config.method, None),
         store=store,
         saver=Saver(config, world, sites, engine, store, Checkpoints(Path(path), 1), history),
+        exports=Exports(config, Path(path), engine, sites, 10),
         history=history,
         status=None,
     )

@@ -322,7 +322,24 @@ class TestRefusals:
     def test_another_encoding(self, jobs, tmp_path, source):
         flags = (*FLAGS, "--store.encoding=uint8-log", "--resume", source / "checkpoints" / MIDDLE)
         message = self.refusal(jobs, tmp_path / "new", *flags)
-        assert "written for encoding float16, not uint8-log" in message
+        assert "store.encoding was float16, now uint8-log, and its past predictions" in message
+        assert not (tmp_path / "new" / "env.json").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "where"),
+        [("000001-00000003", "in epoch 2"), (f"{EPOCHS:06d}-00000000", "after 3")],
+    )
+    def test_a_run_that_ends_before_the_checkpoint(self, jobs, tmp_path, source, name, where):
+        checkpoint = source / "checkpoints" / name
+        flags = (*FLAGS, "--train.epochs=1", "--schedule.milestones=[]", "--resume", checkpoint)
+        message = self.refusal(jobs, tmp_path / "new", *flags)
+        assert message.startswith(f"run.resume {checkpoint} lies {where}, and train.epochs is 1")
+
+    def test_weights_to_begin_with(self, jobs, tmp_path, source):
+        weights = source / "models" / f"checkpoint_{EPOCHS}.pth"
+        flags = (*FLAGS, "--model.init", weights, "--resume", source / "checkpoints" / MIDDLE)
+        message = self.refusal(jobs, tmp_path / "new", *flags)
+        assert f"model.init was None, now {weights}, but the weights are" in message
 
     def test_other_groups_of_parameters(self, jobs, tmp_path, source):
         """Nothing of the refused start is in the way of what the message says to do."""

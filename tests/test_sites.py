@@ -19,6 +19,7 @@ import pytest
 
 from pskd.checkpoint import Checkpoints, Position
 from pskd.store import open_generation
+from pskd.weights import read_saved
 from tests.launches import DEADLINE_S, ROOT, metrics, result, train
 from tests.separate_sites import EPOCHS, apart, go_on, site_of
 from tests.system import mounted, needs_root
@@ -52,6 +53,14 @@ def contents(directory):
 def last_two(directory):
     found = contents(directory)
     return [found[f"gen-{epoch:06d}"] for epoch in (EPOCHS - 2, EPOCHS - 1)]
+
+
+def best_weights(directory):
+    """(epoch, hash) of the best epoch's export, which is that of the result where there is one."""
+    best = read_saved(directory / "models" / "checkpoint_best.pth")
+    if (directory / "result.json").exists():
+        assert best["epoch"] == result(directory)["best"]["epoch"]
+    return best["epoch"], best["weights_sha256"]
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +369,7 @@ class TestNodes:
         latest = [(d / "checkpoints/latest").read_text() for d in job.disks]
         assert latest == [(reference / "checkpoints/latest").read_text()] * 2
         assert list(job.run_dir.iterdir()) == [], "nothing outside of the nodes' disks"
+        assert best_weights(job.disks[0]) == best_weights(job.disks[1]) == best_weights(reference)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("lost", [0, 1])
@@ -378,6 +388,7 @@ class TestNodes:
         assert contents(job.disks[0]) == contents(job.disks[1])
         assert [line["epoch"] for line in metrics(job.disks[0])] == [0, 1, 2]
         assert len(json.loads((job.disks[0] / "env.json").read_text())) == 2
+        assert best_weights(job.disks[0]) == best_weights(job.disks[1]) == best_weights(reference)
 
     @pytest.mark.slow
     def test_a_damaged_file_is_mended_from_the_other_node(self, nodes, reference):

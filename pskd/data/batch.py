@@ -26,7 +26,8 @@ class Batch:
     ids_B: int64 on the host, for the store. images_BCHW: float32, normalised. labels_B: int64.
     weight_B: float32, 1 for a real sample; 0 for one that stands in for an unreadable image.
     peer_BCHW: an image of another sample of each one's class, for methods that want one.
-    absent: places of weight 0. mix: how images (and peers) were mixed, if they were.
+    absent: places of weight 0. bad: ids of the images that could not be decoded, peers among them.
+    mix: how images (and peers) were mixed, if they were.
     """
 
     ids_B: Tensor
@@ -35,6 +36,7 @@ class Batch:
     weight_B: Tensor
     peer_BCHW: Tensor | None = None
     absent: tuple[int, ...] = ()
+    bad: tuple[int, ...] = ()
     mix: Mix | None = None
 
     def strangers(self) -> set[int]:

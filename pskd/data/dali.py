@@ -107,6 +107,7 @@ class DaliData:
             bad = self._grey.pop(key, ())
             self._refuse_or_say(micro, bad, None)
         absent = tuple(sorted({row % len(micro.ids_B) for row in bad}))
+        ids = self._ids(micro) if bad else []
         if self._options.section.augment == "pskd-imagenet":
             images = colour.apply(maps, images)
         size = len(micro.ids_B)
@@ -119,6 +120,7 @@ class DaliData:
             weight_B=to_device(weight_B, self._device),
             peer_BCHW=images[size:] if self._peer is not None else None,
             absent=absent,
+            bad=tuple(sorted({ids[row] for row in bad})),
         )
 
     @property
