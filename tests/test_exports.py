@@ -84,7 +84,7 @@ def test_results_of_an_abandoned_history_are_gone_as_training_goes_on(gone_back)
 def test_a_run_that_begins_in_another_has_the_best_of_that(finished, tmp_path, name):
     """It may never get better. MIDDLE: the best so far is in a file of its epoch there."""
     new = tmp_path / "new"
-    worse = ("--optimizer.lr=5",) if name else ()
+    worse = ("--optimizer.lr=1",) if name else ()
     run(new, *worse, "--resume", finished / name)
     best = result(new)["best"]
     assert best["epoch"] == (0 if name else result(finished)["best"]["epoch"])
