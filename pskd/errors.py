@@ -44,6 +44,12 @@ class AgreedDamage(AgreedError):
         self.what = what
 
 
+def explained(error: OSError) -> str:
+    """What the system refused, for a user."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"{what}. Start again when it is mended."
+
+
 @contextmanager
 def together(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
     """Run a block that may fail on some ranks: if it fails on one, it fails on all.
@@ -59,8 +65,10 @@ def together(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
         yield
     except DamagedError as error:
         failure = (error.what, error.remedy)
-    except (PskdError, OSError) as error:
+    except PskdError as error:
         failure = (str(error),)
+    except OSError as error:
+        failure = (explained(error),)
     failures = sorted((f for f in gather(failure) if f), key=len)  # stable: by rank
     if not failures:
         return

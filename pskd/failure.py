@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pskd.config import TrainSection
-from pskd.errors import AgreedError, CommonError, PskdError
+from pskd.errors import AgreedError, CommonError, PskdError, explained
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -43,8 +43,7 @@ def understand(error: BaseException, train: TrainSection) -> Failure:
         case KeyboardInterrupt():
             return Failure("interrupted before training began", "first")
         case OSError():
-            what = f"{error.filename}: {error.strerror}" if error.filename else text
-            return Failure(f"{what}. Start again when it is mended.", "this")
+            return Failure(explained(error), "this")
         case RuntimeError() if is_out_of_memory(error):
             return Failure(_out_of_memory(text, train), "this")
         case RuntimeError() if is_lost_peer(error):

@@ -86,8 +86,9 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a failed write names nothing
         raise
     sync_directory(path.parent)
 
@@ -160,6 +161,14 @@ def existing(path: Path) -> Path:
     """The path itself if it is there, else the nearest directory above it that is."""
     path = path.absolute()
     return next(p for p in (path, *path.parents) if p.exists())
+
+
+def make_directory(path: Path) -> None:
+    """Make it, and what is missing above it; their names are durable."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_directory(made.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -30,7 +30,13 @@ import numpy.typing as npt
 
 from pskd.config import Config
 from pskd.errors import PskdError
-from pskd.files import read_run_json, write_arrays, write_atomically, write_json
+from pskd.files import (
+    make_directory,
+    read_run_json,
+    write_arrays,
+    write_atomically,
+    write_json,
+)
 from pskd.run_records import changes, read_starts, saved_settings
 from pskd.run_status import read_status
 
@@ -61,7 +67,7 @@ class RunDir:
                 a moment).
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             lock = (self.path / "lock").open("a+")
         except OSError as error:
             raise PskdError(
@@ -194,8 +200,12 @@ class RunDir:
         starts = read_starts(self.path)
         changed = changes(starts[-1]["facts"], facts) if starts else []
         name = starts[0]["run"] if starts else secrets.token_hex(8)
+        # Above those of segments too: env.json may have been lost, and their names are not reused.
+        segments = (re.match(r"seg-(\d+)-", path.name) for path in self.store.glob("gen-*/seg-*"))
+        taken = [*(start["start"] for start in starts), *(int(seg[1]) for seg in segments if seg)]
+        number = 1 + max(taken, default=-1)
         entry = {
-            "start": len(starts),
+            "start": number,
             "run": name,
             "time": time.time(),
             "host": platform.node(),
@@ -204,7 +214,7 @@ class RunDir:
             "facts": facts,
         }
         self.write_json("env.json", [*starts, entry])
-        return Start(len(starts), name, changed)
+        return Start(number, name, changed)
 
     def _heartbeat_age(self) -> str:
         status = read_status(self.path)

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -294,3 +296,21 @@ def test_a_state_comes_after_the_first_epoch_and_goes_in_before_it(tmp_path, sto
         with pytest.raises(PskdError, match="closed"):
             call()
     other.close()  # once more does nothing
+
+
+def test_a_second_opening_by_one_process_is_refused_and_the_first_goes_on(tmp_path):
+    """A cell that is run twice. Closing a second descriptor would give up the lock of the first."""
+    options = {"n": 6, "classes": 4}
+    first = open_for_training(tmp_path, **options)
+    with pytest.raises(PskdError, match=r"in use by this process: close\(\)"):
+        open_for_training(tmp_path / "." / "", **options)
+    code = "import sys, pathlib; from pskd.store.record import own; own(pathlib.Path(sys.argv[1]))"
+    other = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert f"in use by process {os.getpid()} on host" in other.stderr
+    first.close()
+    open_for_training(tmp_path, **options).close()
+    del first
+    open_for_training(tmp_path, **options)  # nobody keeps it: it is closed, and free again
+    open_for_training(tmp_path, **options).close()

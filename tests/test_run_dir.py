@@ -245,6 +245,17 @@ class TestStarts:
         assert starts[0]["host"] == platform.node()
         assert all(abs(s["time"] - time.time()) < 600 and s["command"] for s in starts)
 
+    def test_a_lost_list_begins_behind_the_segments_that_there_are(self, run):
+        """Whose names hold the number of their start; another run's count for nothing."""
+        run.record_start({}, None)
+        for name in ("000002-00000-of-00001", "000000-00001-of-00002", "adopted-00007"):
+            segment = run.store / "gen-000000" / f"seg-{name}.psk"
+            segment.parent.mkdir(parents=True, exist_ok=True)
+            segment.touch()
+        (run.path / "env.json").unlink()
+        assert run.record_start({}, None).number == 3
+        assert run.record_start({}, None).number == 3 + 1
+
     def test_a_fact_that_is_gone_is_named(self, run):
         run.record_start({"torch": "2.14", "gpu": "x"}, None)
         assert run.record_start({"torch": "2.14"}, None).changes == ["gpu was x, now None"]

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakValueDictionary
 
 from pskd import files
 from pskd.errors import PskdError
@@ -21,6 +22,7 @@ RECORD = "store.json"
 
 _VERSION = 1
 _LOCK_WAIT_S = 2.0  # a killed owner may still be on its way out
+_OWNED = WeakValueDictionary[tuple[int, str], IO[str]]()  # (process, directory) -> its lock
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,15 @@ def own(directory: Path) -> IO[str]:
     Raises:
         PskdError: another process owns it, or it cannot be written.
     """
+    mine = _OWNED.get((os.getpid(), os.path.realpath(directory)))
+    if mine is not None and not mine.closed:
+        # Closing any descriptor of the file, a second one too, would give up the lock.
+        raise PskdError(
+            f"past predictions in {directory} are in use by this process: close() what was opened "
+            "before, or name another directory."
+        )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        files.make_directory(directory)
         lock = (directory / "lock").open("a+")
     except OSError as error:
         raise _unwritable(directory, error) from error
@@ -137,6 +146,7 @@ def own(directory: Path) -> IO[str]:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on host {platform.node()}\n")
     lock.flush()
+    _OWNED[os.getpid(), os.path.realpath(directory)] = lock
     return lock
 
 

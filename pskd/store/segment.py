@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pskd.errors import DamagedError, PskdError
-from pskd.files import FormatError, VersionError, pwrite_all, sync_directory
+from pskd.files import FormatError, VersionError, make_directory, pwrite_all, sync_directory
 from pskd.order import Ids
 from pskd.store import format as fmt
 from pskd.store.format import Entry, Header
@@ -95,13 +95,13 @@ class SegmentWriter:
         self._rows = 0
         self._crc = 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
             try:
                 os.posix_fallocate(self._file, 0, fmt.room_bytes(expected_rows, header.stride))
                 pwrite_all(self._file, header.pack(), 0)
                 sync_directory(path.parent)
-                sync_directory(path.parent.parent)
+                sync_directory(path.parent.parent)  # which another rank may just have made
             except OSError:
                 # A failed reservation leaves a partial file behind on some file systems.
                 os.close(self._file)
@@ -333,13 +333,18 @@ def _with_descriptors(take: Callable[[], _T]) -> _T:
 def give_back_room(path: Path) -> None:
     """Cut off what a killed writer had reserved beyond its last chunk; no chunk is touched.
 
+    Nothing is cut off what another run has as well: it may be writing there.
+
     Raises:
         PskdError: the file cannot be written.
     """
     try:
         with path.open("r+b", buffering=0) as file:
             stride = fmt.parse_header(file.read(fmt.HEADER_BYTES)).stride
-            size, end = path.stat().st_size, fmt.HEADER_BYTES
+            found = path.stat()
+            size, end = found.st_size, fmt.HEADER_BYTES
+            if found.st_nlink > 1:
+                return
             while end < size:
                 try:
                     rows, _ = fmt.parse_prefix(os.pread(file.fileno(), fmt.PREFIX.size, end))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pskd.errors import PskdError
+from pskd.files import make_directory, sync_directory
 from pskd.order import Ids, partition
 from pskd.store.appender import Appender
 from pskd.store.format import Entry, Header
@@ -368,7 +369,7 @@ class _WarmUp:
 
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         target.unlink(missing_ok=True)
         try:
             os.link(source, target)
@@ -376,6 +377,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
             with target.open("rb") as file:
                 os.fsync(file.fileno())
+        sync_directory(target.parent)
     except FileNotFoundError as error:
         raise PskdError(
             f"prediction store: {source} is missing. Resume another checkpoint."
