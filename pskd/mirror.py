@@ -46,6 +46,15 @@ def catch_up(checkpoints: Checkpoints, sites: Sites) -> None:
     if newest < 0 or all(found[leader] == found[0] for leader in sites.leaders):
         return
     source = next(rank for rank, (serial, _) in enumerate(found) if serial == newest)
+    serial, latest = found[0]
+    if latest is not None and serial < newest:
+        log.warning(
+            "another node has a newer checkpoint, %s: the run goes on from there and not from %s, "
+            "which %s/latest names here. To go back by hand, write it there on every node.",
+            found[source][1],
+            latest,
+            checkpoints.directory,
+        )
     send(checkpoints, Position.of(found[source][1]), source, sites)
 
 

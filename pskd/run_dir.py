@@ -79,8 +79,8 @@ class RunDir:
             if time.monotonic() > deadline:
                 raise self._in_use(owner)
             time.sleep(0.2)
-        for directory in (self.path, self.models):  # what killed processes left half written
-            for aside in directory.glob(".*.tmp"):
+        for pattern in (".*.tmp", "models/.*.tmp", "store/gen-*/.*.tmp"):
+            for aside in self.path.glob(pattern):  # what killed processes left half written
                 aside.unlink()
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on host {socket.gethostname()}\n")

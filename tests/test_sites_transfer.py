@@ -1,7 +1,9 @@
 """What travels between sites, each part by itself, and which ranks are one site. N samples."""
 
+import logging
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -223,6 +225,42 @@ def repaired(world, leaders, root, damage):
         return checkpoints.latest(), len(checkpoints.read(position.name)[1]["part"]["values"])
     except DamagedError:
         return "damaged"
+
+
+def overruled(world, leaders, root):
+    """Rank 0's site has gone back by hand, the other one has not; what is warned of, and where."""
+    here, directory = Sites(world, leaders), root / f"site-{leaders[world.rank]}" / "checkpoints"
+    checkpoints = Checkpoints(directory, 2)
+    checkpoints.register("part", Content())
+    if here.leads:
+        directory.parent.mkdir()
+        checkpoints.prepare()
+        for step in (3, 6):
+            checkpoints.save(Position(0, step))
+        if world.rank == 0:
+            (directory / "latest").write_text(Position(0, 3).name)
+    with captured("pskd") as messages:
+        mirror.catch_up(checkpoints, here)
+    return checkpoints.latest(), messages
+
+
+@contextmanager
+def captured(name):
+    """What a logger is told, as a list."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger(name).addHandler(handler)
+    yield messages
+    logging.getLogger(name).removeHandler(handler)
+
+
+def test_a_node_that_goes_back_alone_is_told_that_it_does_not(pool, tmp_path):
+    answers = pool(2).run(overruled, [0, 1], tmp_path)
+    assert [latest for latest, _ in answers] == [Position(0, 6).name] * 2
+    ((message,), *_) = (messages for _, messages in answers)
+    assert f"{Position(0, 6).name}: the run goes on from there and not from" in message
+    assert f"{tmp_path}/site-0/checkpoints/latest names here" in message
 
 
 class TestDamagedCheckpoint:
