@@ -74,7 +74,7 @@ def assemble(run: Accepted, model: nn.Module) -> tuple[Trainer, Position]:
     status = (
         Status(directory.path, config.train.epochs, run.start.number) if run.sites.leads else None
     )
-    log.info("%s: %s", "resuming" if position > (0, 0) else "training", directory.path)
+    log.info("%s: %s", _verb(position, run), directory.path)
     trainer = Trainer(
         config=config,
         world=here,
@@ -94,6 +94,12 @@ def assemble(run: Accepted, model: nn.Module) -> tuple[Trainer, Position]:
         profile=profile,
     )
     return trainer, position
+
+
+def _verb(position: Position, run: Accepted) -> str:
+    if position >= (run.config.train.epochs, 0):
+        return "trained already"
+    return "resuming" if position > (0, 0) and run.origin is None else "training"
 
 
 def _engine(run: Accepted, model: nn.Module) -> Engine:

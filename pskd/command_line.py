@@ -62,6 +62,14 @@ class _Layer(NamedTuple):
     tokens: list[str]
 
 
+_OF_KIND = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a finite number",
+    "list": "a list, such as [3,5]",
+}
+
+
 def load(argv: list[str]) -> Config:
     """Parse and check a command line.
 
@@ -239,7 +247,10 @@ def _unknown_key(name: str, method: str) -> str:
             f"but method.name is {method}."
         )
     keys = list(_keys(method))
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
+    section, _, field = name.rpartition(".")
+    initials = "".join(word[:1] for word in field.split("_"))  # learning_rate: lr
+    near = [k for k in keys if k == f"{section}.{initials}"]
+    near += difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     near += [k for k in keys if k.rpartition(".")[2] == name.rpartition(".")[2]]
     hint = f" Did you mean '{near[0]}'?" if near else " See --help for the keys."
     return f"unknown key '{name}'.{hint}"
@@ -270,4 +281,9 @@ def _parse(tokens: list[str], method: str) -> dict[str, Any]:
     except jsonargparse.ArgumentError as error:
         message = " ".join(str(error).replace("Parser key ", "").split())
         message = re.sub(r"a <class '(\w+)'>|a typing\.Literal", r"\1", message)
-        raise PskdError(f"{message}.") from error
+        wrong = re.fullmatch(r'"(\S+)": Expected (\w+|\[.*\])\. Got value:(.*)', message)
+        if wrong is None:
+            raise PskdError(f"{message}.") from error
+        key, kind, value = wrong.groups()
+        remedy = _OF_KIND.get(kind, f"one of {kind.strip('[]')}")
+        raise PskdError(f"{key} is {value.strip() or 'empty'}: use {remedy}.") from error

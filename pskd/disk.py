@@ -10,7 +10,7 @@ from pskd.config import Config
 from pskd.errors import PskdError
 from pskd.files import existing
 from pskd.methods import registry
-from pskd.progress import readable_bytes
+from pskd.progress import counted, readable_bytes
 from pskd.store.generation import generation_bytes
 from pskd.store.registry import create_encoding
 from pskd.weights import export_bytes
@@ -43,11 +43,12 @@ class Need:
     def __str__(self) -> str:
         """For people."""
         parts = [
-            f"{count} {what} of {readable_bytes(size)}"
+            f"{counted(count, what)}{' of predictions' * (what == 'generation')} "
+            f"of {readable_bytes(size)}"
             for count, what, size in (
-                (self.checkpoints, "checkpoints", self.checkpoint_bytes),
-                (self.generations, "generations of predictions", self.generation_bytes),
-                (self.exports, "exports", self.export_bytes),
+                (self.checkpoints, "checkpoint", self.checkpoint_bytes),
+                (self.generations, "generation", self.generation_bytes),
+                (self.exports, "export", self.export_bytes),
             )
             if count and size
         ]

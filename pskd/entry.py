@@ -14,6 +14,11 @@ def main(argv: list[str]) -> int:
     from pskd import command_line  # noqa: PLC0415
 
     try:
+        if not argv:
+            raise PskdError(
+                "nothing is given to train: --recipe NAME is the least (`pskd recipes` lists "
+                "them; digits-pskd needs no data). See --help."
+            )
         config = command_line.load(argv)
     except PskdError as error:
         launch.refuse(error)

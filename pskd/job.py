@@ -17,6 +17,7 @@ from pskd.errors import EXIT_FAILED, AgreedError
 from pskd.failure import repeats, understand
 from pskd.loading import AnyCatalog, catalog_and_plan, input_sizes
 from pskd.models.probe import check_takes
+from pskd.progress import counted
 from pskd.startup import open_directory, register_start
 from pskd.trainer import Trainer
 from pskd.world import World
@@ -63,6 +64,12 @@ class Job:
         config = self.config
         threads = world.set_threads(config.run.threads, here)
         compare_configurations(config, here)
+        if late := [epoch for epoch in config.schedule.milestones if epoch >= config.train.epochs]:
+            log.info(
+                "schedule.milestones: %s are not reached in %s, the rate does not drop there",
+                late,
+                counted(config.train.epochs, "epoch"),
+            )
         with here.together():
             if here.rank == 0:
                 tracking.check(config.tracking)

@@ -69,6 +69,11 @@ class RunDir:
         try:
             make_directory(self.path)
             lock = (self.path / "lock").open("a+")
+        except (FileExistsError, NotADirectoryError) as error:
+            raise PskdError(
+                f"run directory {self.path} cannot be made: a file is in its place, or above it. "
+                "Choose another with --run.dir."
+            ) from error
         except OSError as error:
             raise PskdError(
                 f"run directory {self.path} cannot be written: {error.strerror}. "

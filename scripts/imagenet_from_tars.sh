@@ -15,6 +15,7 @@
 set -euo pipefail
 
 source "$(dirname "$0")/common.sh"
+case ${1:-} in -h|--help) usage; exit 0 ;; esac
 
 [ $# -eq 2 ] || die "give two folders: $0 TARS_DIR OUT_DIR"
 tars=$(realpath "$1")

@@ -18,7 +18,10 @@ source "$(dirname "$0")/common.sh"
 cd "$(dirname "$0")/.."
 
 [ $# -gt 0 ] || { usage; exit 2; }
-case $1 in -h|--help) usage; exit 0 ;; esac
+case $1 in
+    -h|--help) usage; exit 0 ;;
+    -*) refuse "TABLE comes first, the beginning of recipes' names; $1 is none. See $0 --help." ;;
+esac
 table=$1; shift
 seeds="0 1 2" root=runs/reproduce launcher=torchrun print="" options=()
 while [ $# -gt 0 ]; do
@@ -38,6 +41,8 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
+
+[[ $seeds =~ ^[0-9]+(\ +[0-9]+)*$ ]] || refuse "--seeds $seeds: give whole numbers, parted by spaces."
 
 scripts/setup.sh
 bin=${PSKD_BIN:-.venv/bin}

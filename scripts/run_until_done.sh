@@ -13,6 +13,7 @@ set -uo pipefail
 set -m # a process group for the command: signals reach it once, and nothing of it is left behind
 
 source "$(dirname "$0")/common.sh"
+case ${1:-} in -h|--help) usage; exit 0 ;; esac
 
 run=$(run_dir_of "$@")
 [ -n "$run" ] || die "the command needs --run.dir DIR: the run is resumed there"

@@ -8,6 +8,7 @@
 set -euo pipefail
 
 source "$(dirname "$0")/common.sh"
+case ${1:-} in -h|--help) usage; exit 0 ;; esac
 
 [ $# -eq 2 ] || die "give the archive and a folder: $0 tiny-imagenet-200.zip OUT_DIR"
 [ -f "$1" ] || die "$1 is missing; it is tiny-imagenet-200.zip of cs231n.stanford.edu"

@@ -8,8 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pskd import entry
 from pskd.cli import main
 from pskd.metrics import summarize
+
+
+def test_a_train_without_arguments_is_told_what_is_the_least(capsys):
+    assert entry.main([]) == 1
+    assert capsys.readouterr().err.startswith("error: nothing is given to train: --recipe NAME")
 
 
 @pytest.fixture

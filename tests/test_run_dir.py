@@ -111,7 +111,9 @@ class TestLock:
     @pytest.mark.parametrize("name", ["file", "file/below"])
     def test_a_directory_that_cannot_be_made_is_named(self, tmp_path, name):
         (tmp_path / "file").touch()
-        with pytest.raises(PskdError, match=f"{tmp_path / name} cannot be written.*--run.dir"):
+        with pytest.raises(
+            PskdError, match=f"{tmp_path / name} cannot be made: a file .*--run.dir"
+        ):
             RunDir(tmp_path / name).acquire(wait_s=0)
 
 

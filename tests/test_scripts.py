@@ -84,6 +84,8 @@ def test_nodes_and_launcher_are_options(options, start):
         ((), "scripts/reproduce.sh TABLE"),
         (("cifar100", "--seed", "0"), "unknown option --seed"),
         (("cifar100", "--seeds"), "--seeds needs a value"),
+        (("cifar100", "--seeds", "0,1", "--print"), "--seeds 0,1: give whole numbers, parted by"),
+        (("--nope",), "TABLE comes first"),
         (("cifar100", "--launcher", "mpirun"), "use torchrun, deepspeed or python"),
         (("cifar100", "--nodes", "2"), "--nodes 2 needs --master"),
         (("cifar100", "--launcher", "python", "--nodes", "2"), "python takes no --nodes"),
@@ -157,6 +159,25 @@ def test_launchers_refuse_what_cannot_work(script, options, says, tmp_path):
     done = run_script(script, *given.split(), PSKD_BIN=str(Path(sys.executable).parent))
     assert done.returncode != 0
     assert says in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("torchrun.sh", "deepspeed.sh", "docker.sh", "reproduce.sh", "run_until_done.sh"),
+        *("imagenet_from_tars.sh", "tiny_imagenet_from_zip.sh"),
+    ],
+)
+def test_scripts_explain_themselves(name):
+    done = run_script(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"scripts/{name}" in done.stdout
+
+
+def test_without_slurm_its_script_says_who_runs_it():
+    done = run_script("slurm.sbatch")
+    assert done.returncode == 2
+    assert "Slurm runs this: sbatch" in done.stderr
 
 
 # --- compare --by-recipe -------------------------------------------------------------------------

@@ -10,6 +10,10 @@ from pskd.health import STALE_S, check
 
 def add_arguments(health: argparse.ArgumentParser) -> None:
     """To the command's parser."""
+    health.description = (
+        "Exit code 0: the run lives, is stopped or complete, or has not begun yet, as in a "
+        "container that starts. 1: it failed, or says nothing any more."
+    )
     health.add_argument(
         "run",
         type=Path,

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from pskd.data import index as indexes
-from pskd.data.folder import as_text, enumerated, shown
+from pskd.data.folder import as_text, enumerated, other_files, shown
 from pskd.data.headers import bar
 from pskd.data.index import Index, Labels
 from pskd.data.index_check import check_same_classes, verify
 from pskd.data.labels import GroundTruth, PathList
 from pskd.data.splits import splits_in
 from pskd.errors import PskdError
+from pskd.progress import counted
 
 
 def reports(arguments: argparse.Namespace) -> Iterator[str]:
@@ -105,12 +106,16 @@ def _report(index: Index, verified: bool) -> str:
     largest = int(pixels_N.argmax())
     size = f"{index.widths_N[largest]}x{index.heights_N[largest]}"
     lines = [
-        f"{shown(str(index.root))}: {len(index)} images of {len(index.class_names)} classes",
+        f"{shown(str(index.root))}: {counted(len(index), 'image')} of "
+        f"{counted(len(index.class_names), 'class')}",
         f"  size         {index.bytes_N.sum() / 1e6:.1f} MB, {pixels_N.sum() / 1e6:.1f} megapixels",
         f"  largest      {size}, {shown(as_text(index.relative(largest)))}",
         f"  fingerprint  {index.fingerprint}",
         f"  index        {index.file}",
     ]
+    if others := other_files(index.root):
+        kinds = ", ".join(f"{shown(kind)} {count}" for kind, count in others.items())
+        lines.append(f"  no images    by their names, not read: {kinds}")
     if index.dropped:
         lines += [f"  left out     {len(index.dropped)}", indexes.describe(index.dropped)]
     if verified:

@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     match arguments.words:
         case ["show", name]:
             print(shown(name))
+        case ["show"]:
+            raise PskdError("pskd recipes show needs NAME; `pskd recipes` lists the names.")
         case [] | [_]:
             prefix = arguments.words[0] if arguments.words else ""
             print("\n".join(recipe.table(prefix)) if arguments.names else listing(prefix))

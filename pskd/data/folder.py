@@ -6,6 +6,7 @@ escapes for bytes that are not, whatever the locale.
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,21 @@ def enumerated(names: list[str]) -> str:
 def is_image(name: bytes) -> bool:
     """Whether a file's name says that it is an image; hidden files are not."""
     return not name.startswith(b".") and name.lower().endswith(EXTENSIONS)
+
+
+def other_files(root: Path) -> dict[str, int]:
+    """How many files below the root are no images by their names, by extension; hidden ones apart.
+
+    "no extension" stands for those without one. Of folders that cannot be listed, nothing.
+    """
+    counts: Counter[str] = Counter()
+    for _, below, files in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in map(os.fsencode, files):
+            if not name.startswith(b".") and not is_image(name):
+                extension = os.path.splitext(as_text(name))[1].lower()  # noqa: PTH122
+                counts[extension or "no extension"] += 1
+    return dict(sorted(counts.items()))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,9 +69,11 @@ _STYLE: Any = {
 @contextmanager
 def _style() -> Iterator[None]:
     """The same whatever the user's own settings are."""
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
+        # Of a name in another script. The page has it as text, the PNG as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
 
 
