@@ -185,7 +185,7 @@ class Engine:
         The optimizer's settings stay this run's own, as another run's may have been others.
 
         Raises:
-            PskdError: the shards are of another number of ranks.
+            PskdError: the shards are of another number of ranks, or no average was kept.
         """
         if self._average is not None:
             # Another run, which this one began from, may have had none.

@@ -10,8 +10,8 @@ class History:
 
     lines: of metrics.jsonl. best: the line of lowest top-1 error, the earliest of equals.
     loss_sum, samples: over the steps of the epoch in progress. grey: samples of it, of all ranks,
-    that a grey image stood in for. absent: ids of images that could
-    not be decoded, of this rank only until they are gathered.
+    that a grey image stood in for. absent: ids of images that could not be decoded, of this rank
+    only until they are gathered.
     """
 
     lines: list[dict[str, Any]] = field(default_factory=list)

@@ -91,7 +91,7 @@ class GradientReducer:
 
     def _send(self, bucket: _Bucket) -> None:
         flats = bucket.flats()
-        (sent,) = flats[:1]
+        sent = flats[0]
         if len(flats) > 1:
             if bucket.buffer is None:
                 bucket.buffer = torch.empty(

@@ -29,7 +29,8 @@ while [ $# -gt 0 ]; do
         --print) print=yes; shift; continue ;;
         --once) loop=""; shift; continue ;;
         --) break ;;
-        --*) [ $# -gt 1 ] && [ "$2" != -- ] || refuse "$1 needs a value." ;;
+        --image|--runs|--data|--nodes|--node-rank|--master|--processes|--rendezvous|--id)
+            [ $# -gt 1 ] && [ "$2" != -- ] || refuse "$1 needs a value." ;;
         *) refuse "unknown option $1; flags of train.py go behind --. See $0 --help." ;;
     esac
     case $1 in

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pskd.data.folder import as_bytes, as_text
-from pskd.data.index import build, is_current, load_or_build, open_index
+from pskd.data.index import build, load_or_build, open_index, out_of_date
 from pskd.data.index_check import verify
 from pskd.data.labels import PathList
 from tests.indices import image, relatives, rewritten_later, same, saved
@@ -64,7 +64,7 @@ def test_any_name_is_kept_and_order_is_bytewise(names):
         index = saved(Path(directory))
         assert relatives(index) == sorted(name + b"/" + name + b".png" for name in names)
         assert index.class_names == tuple(map(as_text, sorted(names)))
-        assert is_current(index) is None
+        assert out_of_date(index) is None
         for k, label in enumerate(index.labels_N.tolist()):
             name = as_bytes(index.class_names[label])
             assert index.relative(k) == name + b"/" + name + b".png"
@@ -263,7 +263,7 @@ def test_verify_finds_what_the_folders_do_not_show(folder):
     turned = io.BytesIO()
     Image.open(files[5]).transpose(Image.Transpose.ROTATE_90).save(turned, "JPEG")
     rewritten_later(files[5], turned.getvalue()[: index.bytes_N[5]].ljust(index.bytes_N[5], b"\0"))
-    assert is_current(index) is None
+    assert out_of_date(index) is None
     found = dict(verify(index, workers=2))
     assert set(found) == {as_text(index.relative(k)) for k in (1, 2, 3, 5)}
     assert "truncated" in found["class000/image00001.JPEG"]
@@ -271,7 +271,7 @@ def test_verify_finds_what_the_folders_do_not_show(folder):
     size = int(index.bytes_N[3])
     assert found["class000/image00003.JPEG"] == f"{size + 1} bytes, in the index {size}"
     assert "pixels wide" in found["class001/image00001.JPEG"]
-    assert is_current(index) is None
+    assert out_of_date(index) is None
 
 
 def test_verify_finds_a_gone_file_and_a_damaged_index(folder):

@@ -22,9 +22,9 @@ from pskd.data.index import (
     NAME,
     build,
     find,
-    is_current,
     load_or_build,
     open_index,
+    out_of_date,
     places,
     save,
     write,
@@ -260,13 +260,13 @@ CHANGES = [
 def test_an_index_of_a_changed_folder_is_built_again(folder, caplog, change, says):
     time.sleep(0.02)  # longer than a tick of the clock that dates folders
     before = load_or_build(folder)
-    assert is_current(before) is None
+    assert out_of_date(before) is None
     change(folder)
-    assert says in is_current(before)
+    assert says in out_of_date(before)
     with caplog.at_level(logging.INFO, "pskd"):
         after = load_or_build(folder)
     assert [says in line for line in caplog.messages] == [True]
-    assert is_current(after) is None
+    assert out_of_date(after) is None
     assert same(after, build(folder))
     assert not same(after, before)
 
@@ -276,14 +276,14 @@ def test_a_nested_folder_that_changes_or_goes_is_noticed(folder):
     time.sleep(0.02)
     index = load_or_build(folder)
     image(deep / "y.png")
-    assert is_current(index) == "folder class000/deep has changed"
+    assert out_of_date(index) == "folder class000/deep has changed"
     index = load_or_build(folder)
     shutil.rmtree(deep)
     os.utime(folder / "class000", ns=(0, index.snapshot.directories[0][2]))
-    assert is_current(index) == "folder class000/deep: No such file or directory"
+    assert out_of_date(index) == "folder class000/deep: No such file or directory"
     deep.touch()
     os.utime(folder / "class000", ns=(0, index.snapshot.directories[0][2]))
-    assert is_current(index) == "folder class000/deep has changed"
+    assert out_of_date(index) == "folder class000/deep has changed"
 
 
 def test_a_current_index_is_neither_built_nor_written(folder, monkeypatch, caplog):
@@ -303,7 +303,7 @@ def test_a_current_index_is_neither_built_nor_written(folder, monkeypatch, caplo
 def test_a_file_added_while_the_folder_is_indexed_is_noticed_later(folder):
     time.sleep(0.02)
     index = build(folder, progress=lambda *at: image(folder / "class001/late.png"))
-    assert is_current(index) == "folder class001 has changed"
+    assert out_of_date(index) == "folder class001 has changed"
 
 
 def test_a_file_added_while_its_folder_is_listed_is_noticed_later(folder, monkeypatch):
@@ -318,7 +318,7 @@ def test_a_file_added_while_its_folder_is_listed_is_noticed_later(folder, monkey
         patch.setattr("pskd.data.folder.entries", slow_entries)
         index = build(folder)
     assert len(index) == 12
-    assert is_current(index) == "folder class001 has changed"
+    assert out_of_date(index) == "folder class001 has changed"
 
 
 # --- where it lies ---------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def read_only_folder(read_only_directory, folder):
 def test_the_index_of_a_read_only_folder_lies_in_the_cache(read_only_folder, cache, monkeypatch):
     index = load_or_build(read_only_folder)
     assert index.file.parent == cache
-    assert is_current(index) is None
+    assert out_of_date(index) is None
     assert index.file == places(read_only_folder)[1] != places(cache)[1]
     with monkeypatch.context() as patch:
         patch.setattr("pskd.data.index.build", lambda *a, **o: pytest.fail("built"))

@@ -9,8 +9,8 @@ import pytest
 
 from pskd.data.index import (
     build,
-    is_current,
     load_or_build,
+    out_of_date,
 )
 from pskd.data.index_check import check_same_classes
 from pskd.data.labels import GroundTruth, PathList
@@ -27,7 +27,7 @@ def test_labels_of_the_ground_truth_are_those_of_the_train_folder(flat, classes)
     assert index.class_names == ("n01", "n02", "n03", "n04")
     assert index.labels_N.tolist() == [0, 2, 3, 1, 0, 2]
     assert relatives(index) == [b"ILSVRC2012_val_%08d.JPEG" % k for k in range(1, 7)]
-    assert is_current(index) is None
+    assert out_of_date(index) is None
     for name in ("n04", "n03", "n02", "n01"):
         image(flat / "train" / name / "x.JPEG")
     check_same_classes(build(flat / "train"), index)
@@ -129,7 +129,7 @@ def test_labels_of_a_list(listed, text, classes, names, labels):
     assert relatives(index) == [b"a b.png", b"b.png", b"x/e.data"]
     assert index.class_names == names
     assert index.labels_N.tolist() == labels
-    assert is_current(index) is None
+    assert out_of_date(index) is None
 
 
 def test_the_fingerprint_tells_names_of_classes_apart(listed):
@@ -148,7 +148,7 @@ def test_a_list_takes_odd_paths_and_notices_changes(listed):
     assert relatives(index) == [b" c#.png", b"x/y/d.png", b"\xff.png"]
     assert [row[:2] for row in index.snapshot.directories] == [("x/y", 1)]
     (root / "x/y/d.png").unlink()
-    assert is_current(index) == "folder x/y has changed"
+    assert out_of_date(index) == "folder x/y has changed"
     assert f"--list {root.parent}/list.txt`" in refusal(load_or_build, root)
 
 

@@ -8,7 +8,7 @@ def add_arguments(export: argparse.ArgumentParser) -> None:
     """To the command's parser."""
     export.add_argument("run", type=Path, metavar="RUN", help="the directory of a complete run")
     export.add_argument(
-        "--weights", choices=["last", "best"], default="last", help="of which epoch"
+        "--weights", choices=["last", "best"], default="last", help="of which epoch (default: last)"
     )
     export.add_argument(
         "--format",

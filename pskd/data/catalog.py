@@ -119,7 +119,8 @@ def load(
     the rest are trained (0: all). pad_to: black borders up to this size (0: none).
 
     Raises:
-        PskdError: missing, damaged or other data; more samples asked for than there are.
+        PskdError: missing, damaged or other data; more samples asked for than there are; images
+            larger than pad_to.
     """
     read: Callable[[Path | None, bool], Catalog] = import_module(DATASETS[name]).load
     catalog = read(None if root is None else Path(root), download)

@@ -196,7 +196,7 @@ def open_index(path: Path, root: Path) -> Index:
         raise PskdError(f"{path}: {_reason(error)}. Run `{command(root)}`.") from error
 
 
-def is_current(index: Index) -> str | None:
+def out_of_date(index: Index) -> str | None:
     """Why an index is out of date, or None: see the top of this module."""
     return index.snapshot.difference(index.root)
 
@@ -216,7 +216,7 @@ def find(root: Path, index_path: Path | None = None) -> tuple[Index | None, str 
         except (OSError, FormatError) as error:
             reason = reason or f"{place}: {_reason(error)}"
             continue
-        difference = is_current(index)
+        difference = out_of_date(index)
         if difference is None:
             return index, None
         stale = stale or index
@@ -322,6 +322,7 @@ def _index(root: Path, arrays: Arrays, **facts: Any) -> Index:
 
 
 def arrays_of(index: Index) -> Arrays:
+    """The arrays of a file, by their names there."""
     return {
         "paths": index.paths,
         "offsets": index.offsets_N,
@@ -352,6 +353,7 @@ def _open(path: Path, root: Path) -> Index:
 
 
 def fingerprint_of(class_names: tuple[str, ...], arrays: Arrays) -> str:
+    """sha256 over classes and all that is known of the images: of the index, and not of a run."""
     digest = hashlib.sha256(json.dumps([class_names, len(arrays["labels"])]).encode())
     for array in arrays.values():
         digest.update(array.data)

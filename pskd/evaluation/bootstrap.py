@@ -2,7 +2,8 @@
 
 N samples are drawn from the N records with replacement, R times; the interval of a measure holds
 the middle 95 % of its R values (the percentile method: Efron and Tibshirani, 1993, chapter 13). It
-says what the choice of the samples changes, and not what another training would.
+says what the choice of the samples changes, and not what another training would. SciPy's bootstrap
+would compute AURC from each resample's own sorting; here all resamples share one.
 
 Letters: N samples, R resamples (of a block), G groups of equal confidence, K bins.
 """

@@ -58,7 +58,11 @@ class Request:
 
     @property
     def share(self) -> float | None:
-        """Of the samples, to fit on, if the request names one."""
+        """Of the samples, to fit on, if the request names one.
+
+        Raises:
+            PskdError: what it names is no share.
+        """
         if self.fit_on in (None, HELD_OUT):
             return None
         try:

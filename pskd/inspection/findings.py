@@ -15,8 +15,7 @@ from pskd.inspection.label_errors import LabelErrors
 from pskd.inspection.scan import Judged, judge
 from pskd.inspection.source import Source
 from pskd.loading import AnyCatalog
-
-IdList = npt.NDArray[np.int64]
+from pskd.order import Ids
 
 
 class ClassFigures(NamedTuple):
@@ -51,9 +50,9 @@ class Findings:
     now: Judged
     before: Judged | None
     errors: LabelErrors
-    hardest: IdList
-    forgotten: IdList
-    learned: IdList
+    hardest: Ids
+    forgotten: Ids
+    learned: Ids
     count_C: npt.NDArray[np.int64]
     predicted_CC: npt.NDArray[np.int64]
     notes: list[str]
@@ -137,9 +136,7 @@ def find(source: Source) -> Findings:
     )
 
 
-def _flips(
-    before: Judged | None, now: Judged, labels_N: npt.NDArray[np.int64]
-) -> tuple[IdList, IdList]:
+def _flips(before: Judged | None, now: Judged, labels_N: npt.NDArray[np.int64]) -> tuple[Ids, Ids]:
     if before is None:
         none = np.empty(0, np.int64)
         return none, none

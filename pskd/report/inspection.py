@@ -2,7 +2,7 @@
 
 index.html         the page, see `inspection_page.py`
 summary.json       counts, notes, and the first samples of each list
-samples.npz        of every sample, by id; see `_arrays`
+samples.npz        of every sample, by id, and of pairs of classes; see `_arrays`
 label_errors.csv   probable label errors, the worst first
 hardest.csv        the 1,000 samples with the lowest probability of their label
 flips.csv          samples whose prediction was right in one of the last two epochs, wrong in one
@@ -21,8 +21,9 @@ import numpy as np
 
 from pskd.data.folder import shown
 from pskd.files import named_by, write_arrays, write_atomically, write_json
-from pskd.inspection.findings import ClassFigures, Findings, IdList
+from pskd.inspection.findings import ClassFigures, Findings
 from pskd.inspection.thumbnails import name_of
+from pskd.order import Ids
 from pskd.report.table import Table, markdown
 
 SAMPLE_COLUMNS = ("sample", "path", "label", "predicted", "p_label", "p_predicted", "margin")
@@ -67,7 +68,7 @@ def write(findings: Findings, output: Path, top: int, page: str) -> None:
         write_atomically(output / "index.html", page.encode())
 
 
-def _samples(findings: Findings, ids: IdList) -> list[list[Any]]:
+def _samples(findings: Findings, ids: Ids) -> list[list[Any]]:
     """Lines of `SAMPLE_COLUMNS`. margin: p of the label, minus the largest p of another class."""
     now, names = findings.now, findings.catalog.class_names
     columns = zip(
@@ -179,7 +180,7 @@ def headline(findings: Findings) -> list[str]:
     return lines
 
 
-def sample_table(findings: Findings, ids: IdList) -> Table:
+def sample_table(findings: Findings, ids: Ids) -> Table:
     """For people; p of it: of the predicted class."""
     rows = _samples(findings, ids)
     named = any(row[1] for row in rows)
@@ -235,12 +236,14 @@ def _titled(title: str, table: Table) -> str:
     return f"{title}:\n\n{markdown(*table)}"
 
 
-def _own_before(findings: Findings, ids: IdList) -> list[float]:
+def _own_before(findings: Findings, ids: Ids) -> list[float]:
     return [] if findings.before is None else findings.before.own_N[ids].tolist()
 
 
 def _arrays(findings: Findings) -> dict[str, np.ndarray[Any, Any]]:
-    """By sample id: label, predicted, suggested (-1: no error) int32; p_label, p_other float32."""
+    """By sample id: label, predicted, suggested (-1: no error) int32; p_label, p_other float32. By
+    classes (C, C): mean_by_label float32, confident_joint int64.
+    """
     suggested_N = np.full(len(findings.labels_N), -1, np.int32)
     suggested_N[findings.errors.ids] = findings.errors.suggested
     return {

@@ -1,8 +1,9 @@
 """The page of `pskd inspect`: the same lists with their images."""
 
 from pskd.data import folder
-from pskd.inspection.findings import Findings, IdList
+from pskd.inspection.findings import Findings
 from pskd.inspection.thumbnails import SIDE, picture
+from pskd.order import Ids
 from pskd.report.inspection import (
     class_table,
     headline,
@@ -45,7 +46,7 @@ def inspection_page(findings: Findings, top: int) -> str:
     return page(f"{name}: what past predictions say of the data", sections, lead)
 
 
-def _gallery(findings: Findings, text: str, ids: IdList, shown: int) -> list[Part]:
+def _gallery(findings: Findings, text: str, ids: Ids, shown: int) -> list[Part]:
     if not len(ids):
         return [Text("None.")]
     first = ids[:shown]
