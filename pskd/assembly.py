@@ -64,6 +64,11 @@ def assemble(run: Accepted, model: nn.Module) -> tuple[Trainer, Position]:
     parts.register(checkpoints)
     position = resume(parts, checkpoints, run.origin, here, run.sites)
     if position.epoch < config.train.epochs:
+        if run.start.changes:
+            log.warning(
+                "resumed weights may differ in the last bits from an undisturbed run: %s",
+                "; ".join(run.start.changes),
+            )
         _check_room(run, engine)
     with here.together():
         first = here.rank == 0

@@ -14,7 +14,6 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.errors import AgreedError, PskdError
 from pskd.run_dir import RunDir, Start
-from pskd.run_status import read_status
 from pskd.sites import Sites, discover
 from pskd.world import World
 
@@ -104,11 +103,6 @@ def register_start(
                     f" with other settings: {'; '.join(origin.changes)}" if origin.changes else "",
                 )
             start = directory.record_start(_facts(here, threads), record)
-            if start.changes and read_status(directory.path).get("state") != "complete":
-                log.warning(
-                    "resumed weights may differ in the last bits from an undisturbed run: %s",
-                    "; ".join(start.changes),
-                )
     sites.copy(directory.path, _RECORDS)
     start = here.broadcast(start)
     assert start is not None
