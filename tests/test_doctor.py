@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pskd import command_line, launch
@@ -209,11 +210,11 @@ def test_few_open_files_and_more_ranks_than_cores():
     assert machine.cores(10_000).state == WARNING
 
 
-MOUNTS = r"""22 1 0:52 / / rw - overlay overlay rw,lowerdir=/l
-23 22 0:53 / /data rw shared:1 - nfs4 server:/export rw
-24 22 0:54 / /data/my\040disk rw - ext4 /dev/sdb1 rw
-25 22 0:55 / /again rw - ext4 /dev/sdc1 rw
-26 22 0:56 / /again rw - lustre a@tcp:/fs rw
+MOUNTS = r"""overlay / overlay rw,lowerdir=/l 0 0
+server:/export /data nfs4 rw 0 0
+/dev/sdb1 /data/my\040disk ext4 rw 0 0
+/dev/sdc1 /again ext4 rw 0 0
+a@tcp:/fs /again lustre rw 0 0
 """
 
 
@@ -227,8 +228,11 @@ MOUNTS = r"""22 1 0:52 / / rw - overlay overlay rw,lowerdir=/l
         ("/again", "lustre", "a@tcp:/fs"),
     ],
 )
-def test_the_mount_of_a_path(path, kind, source):
-    found = storage.mount_of(Path(path), MOUNTS)
+def test_the_mount_of_a_path(path, kind, source, tmp_path, monkeypatch):
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    found = storage.mount_of(Path(path))
     assert (found.kind, found.source) == (kind, source)
 
 

@@ -2,9 +2,10 @@
 
 import fcntl
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from pskd.disk import free_bytes
 from pskd.doctor.page import OK, WARNING, WRONG, Line
@@ -30,21 +31,16 @@ class Mount(NamedTuple):
     source: str
 
 
-def mount_of(path: Path, mountinfo: str | None = None) -> Mount:
-    """The mount that an existing path lies on; see proc(5). mountinfo: of another process."""
-    text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+def mount_of(path: Path) -> Mount:
+    """The mount that an existing path lies on: the innermost; of those on one point, the last."""
     path = path.resolve()
-    best: Mount | None = None
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        point = Path(_unescaped(before.split()[4]))
-        kind, source = after.split()[:2]
-        if path.is_relative_to(point) and (
-            best is None or len(point.parts) >= len(best.point.parts)  # the later one hides others
-        ):
-            best = Mount(kind, point, _unescaped(source))
-    assert best is not None, "everything lies on /"
-    return best
+    mounts = [
+        Mount(found.fstype, Path(found.mountpoint), found.device)
+        for found in psutil.disk_partitions(all=True)
+        if path.is_relative_to(found.mountpoint)
+    ]
+    depth = max(len(mount.point.parts) for mount in mounts)  # everything lies on /
+    return [mount for mount in mounts if len(mount.point.parts) == depth][-1]
 
 
 def file_system(path: Path) -> Line:
@@ -112,7 +108,3 @@ def room(path: Path) -> Line:
 
 def _mark(token: str) -> str:
     return f".pskd-doctor-{token}.tmp"  # left by a kill, the next start takes it away
-
-
-def _unescaped(name: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
