@@ -10,10 +10,10 @@ from pskd.config import Config
 from pskd.errors import PskdError
 from pskd.files import existing
 from pskd.methods import registry
-from pskd.progress import counted, readable_bytes
 from pskd.store.generation import generation_bytes
 from pskd.store.registry import create_encoding
 from pskd.weights import export_bytes
+from pskd.words import counted, readable_bytes
 
 _KEPT_IN = ("checkpoints/[0-9]*/*", "store/gen-*/*", "models/*")
 _LINE_BYTES = 512  # of the history, an epoch

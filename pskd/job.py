@@ -17,9 +17,9 @@ from pskd.errors import EXIT_FAILED, AgreedError
 from pskd.failure import repeats, understand
 from pskd.loading import AnyCatalog, catalog_and_plan, input_sizes
 from pskd.models.probe import check_takes
-from pskd.progress import counted
 from pskd.startup import open_directory, register_start
 from pskd.trainer import Trainer
+from pskd.words import counted
 from pskd.world import World
 
 log = logging.getLogger("pskd")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from pskd.errors import PskdError
 from pskd.hashing import hash64
+from pskd.words import counted
 
 MIN_MICRO_BATCH = 2  # BatchNorm has no variance over one sample
 
@@ -114,17 +115,16 @@ class Plan:
             with_depth = (
                 f" with train.accumulation {self.accumulation}" if self.accumulation > 1 else ""
             )
-            remedies.append(f"at most {_count(max(worlds), 'rank')}{with_depth}")
+            remedies.append(f"at most {counted(max(worlds), 'rank')}{with_depth}")
         if depths and max(depths) < self.accumulation:
             remedies.append(f"train.accumulation at most {max(depths)} on this world")
         if _admissible({self.global_batch}, self.world, self.accumulation):
             remedies.append("data.last_batch drop")
         remedies.append("another train.batch_size")
         raise PskdError(
-            f"{_count(self.world, 'rank')} with train.accumulation {self.accumulation} would leave "
-            f"a micro-batch of fewer than {MIN_MICRO_BATCH} samples in a step of "
-            f"{_count(smallest, 'sample')}. "
-            f"Use {', or '.join(remedies)}."
+            f"{counted(self.world, 'rank')} with train.accumulation {self.accumulation} would "
+            f"leave a micro-batch of fewer than {MIN_MICRO_BATCH} samples in a step of "
+            f"{counted(smallest, 'sample')}. Use {', or '.join(remedies)}."
         )
 
     @property
@@ -181,7 +181,3 @@ def _admissible(sizes: set[int], world: int, accumulation: int) -> bool:
 def _smallest_micro_batch(size: int, world: int, accumulation: int) -> int:
     rank_sizes = np.diff(partition(size, world)).tolist()
     return min(min(np.diff(partition(part, accumulation)).tolist()) for part in set(rank_sizes))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

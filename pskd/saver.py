@@ -8,9 +8,9 @@ from pskd.checkpoint import Checkpoints, Position
 from pskd.config import Config
 from pskd.engine import Engine
 from pskd.history import History
-from pskd.progress import readable_bytes
 from pskd.sites import Sites
 from pskd.store.store import Store
+from pskd.words import readable_bytes
 from pskd.world import World
 
 log = logging.getLogger("pskd")

@@ -28,7 +28,7 @@ from pskd.methods.interface import Method, Past
 from pskd.metrics import MEASURES, Accumulator, Records, measures
 from pskd.order import Ids, Plan, Walk, epoch_order, where
 from pskd.profiling import Profile
-from pskd.progress import Progress, is_slow_disk, listed, readable
+from pskd.progress import Progress, is_slow_disk, readable
 from pskd.run_dir import RunDir
 from pskd.run_records import earlier_evaluation
 from pskd.run_status import Status
@@ -37,6 +37,7 @@ from pskd.schedule import lr_at
 from pskd.store.store import Store
 from pskd.tracking import Tracker
 from pskd.weights import weights_sha256
+from pskd.words import listed
 from pskd.world import World
 
 log = logging.getLogger("pskd")

@@ -10,7 +10,7 @@ import pytest
 
 from pskd import command_line, disk
 from pskd.errors import PskdError
-from pskd.progress import readable_bytes
+from pskd.words import readable_bytes
 from tests import forked
 from tests.forked import ForkedJob
 from tests.refusals import assert_refused

@@ -16,7 +16,7 @@ from pskd.data.index_check import check_same_classes, verify
 from pskd.data.labels import GroundTruth, PathList
 from pskd.data.splits import splits_in
 from pskd.errors import PskdError
-from pskd.progress import counted
+from pskd.words import counted
 
 
 def reports(arguments: argparse.Namespace) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pskd.errors import PskdError
+from pskd.words import counted
 
 EXTENSIONS = (
     b".jpg",
@@ -174,7 +175,7 @@ def refuse_classes_without_images(root: Path, empty: list[str]) -> None:
     """
     if empty:
         raise PskdError(
-            f"{root}: {len(empty)} class folder{'s' * (len(empty) > 1)} without a usable image: "
+            f"{root}: {counted(len(empty), 'class folder')} without a usable image: "
             f"{enumerated(empty)}. Add images, or remove the folders."
         )
 

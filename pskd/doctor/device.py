@@ -14,7 +14,7 @@ from pskd.data.catalog import FOLDER
 from pskd.doctor.page import OK, WARNING, WRONG, Line
 from pskd.doctor.software import dali_version
 from pskd.errors import PskdError
-from pskd.progress import readable_bytes
+from pskd.words import readable_bytes
 from pskd.world import World
 
 _SIDE = 256

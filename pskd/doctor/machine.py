@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from pskd.doctor.page import OK, WARNING, Line
-from pskd.progress import readable_bytes
+from pskd.words import counted, readable_bytes
 
 _RANK_BYTES = 1.5e9  # a rank on the CPU was seen to take 1.1 to 1.3 GB with small networks
 _NCCL_BYTES = 1e9  # NVIDIA's advice for containers: --shm-size=1g
@@ -19,7 +19,7 @@ def cores(ranks: int) -> Line:
     """That this process may use, for the ranks of the node."""
     usable = len(os.sched_getaffinity(0))
     quota = _quota()
-    text = f"{usable} usable by {ranks} rank{'' if ranks == 1 else 's'}"
+    text = f"{usable} usable by {counted(ranks, 'rank')}"
     if quota is not None and quota < usable:
         text += f", limited to the time of {quota:.1f}"
     if ranks > min(usable, quota or usable):

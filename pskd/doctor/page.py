@@ -7,6 +7,8 @@ each group of ranks that says it.
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from pskd.words import counted
+
 OK: Literal["ok"] = "ok"
 WARNING: Literal["warning"] = "warning"
 WRONG: Literal["WRONG"] = "WRONG"  # it would keep the run from working
@@ -35,7 +37,7 @@ class Place(NamedTuple):
 def render(places: Sequence[Place], lines_of_rank: Sequence[Sequence[Line]]) -> tuple[str, bool]:
     """The page, and whether nothing on it is wrong. Both arguments: of each rank, in order."""
     nodes = sorted({place.node for place in places})
-    out = [f"{_count(len(places), 'rank')} on {_count(len(nodes), 'node')}"]
+    out = [f"{counted(len(places), 'rank')} on {counted(len(nodes), 'node')}"]
     for number, node in enumerate(nodes):
         ranks = [rank for rank, place in enumerate(places) if place.node == node]
         out.append(f"node {number}: {places[node].host}, {places[node].address}, {_named(ranks)}")
@@ -63,9 +65,9 @@ def render(places: Sequence[Place], lines_of_rank: Sequence[Sequence[Line]]) -> 
 
 def _verdict(states: Sequence[str]) -> str:
     wrong, warnings = states.count(WRONG), states.count(WARNING)
-    also = f" ({_count(warnings, 'warning')})" if warnings else ""
+    also = f" ({counted(warnings, 'warning')})" if warnings else ""
     if wrong:
-        return f"Not ready: {_count(wrong, 'line')} above would keep the run from working{also}."
+        return f"Not ready: {counted(wrong, 'line')} above would keep the run from working{also}."
     return f"Ready to train{also}."
 
 
@@ -83,7 +85,3 @@ def _named(ranks: list[int]) -> str:
     if ranks == list(range(ranks[0], ranks[-1] + 1)):
         return f"ranks {ranks[0]}-{ranks[-1]}"
     return f"ranks {', '.join(map(str, ranks))}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -11,8 +11,8 @@ from pskd.disk import free_bytes
 from pskd.doctor.page import OK, WARNING, WRONG, Line
 from pskd.errors import PskdError
 from pskd.files import existing
-from pskd.progress import readable_bytes
 from pskd.run_dir import RunDir
+from pskd.words import readable_bytes
 
 # Not there any more after the container or the machine was started again.
 _PASSING = {

@@ -22,7 +22,7 @@ from pskd.errors import PskdError
 from pskd.evaluation import bootstrap, temperature
 from pskd.files import named_by, write_arrays
 from pskd.metrics import Accumulator, Records, check_values, measures, per_sample
-from pskd.progress import counted
+from pskd.words import counted
 
 _BLOCK_ROWS = 4096
 _SAMPLES = "pskd_samples"

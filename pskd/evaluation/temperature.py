@@ -10,7 +10,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from pskd.errors import PskdError
-from pskd.progress import counted
+from pskd.words import counted
 
 _FIRST, _WIDEST = 1.0, 8.0  # of |log T|
 _UTMOST = 600.0  # of |log T|: as good as infinite, and finite in float64

@@ -8,10 +8,10 @@ from typing import Any
 from pskd.data.catalog import FOLDER
 from pskd.data.sections import described
 from pskd.errors import PskdError
-from pskd.progress import counted
 from pskd.report.origin import changed, published
 from pskd.report.table import PUBLISHED_COLUMNS, Table
 from pskd.run_records import read_preprocessing, read_result, saved_settings
+from pskd.words import counted
 
 
 def comparison(runs: Sequence[Path]) -> Table:

@@ -8,7 +8,6 @@ from pskd.fields import default_of
 from pskd.files import named_by, write_atomically
 from pskd.methods.sections import METHODS
 from pskd.metrics import Records
-from pskd.progress import counted
 from pskd.report import figures
 from pskd.report.compare import different_data, labels
 from pskd.report.origin import yaml_value
@@ -16,6 +15,7 @@ from pskd.report.page import Drawing, Part, Section, Text, page
 from pskd.report.run_files import RunFiles, read
 from pskd.report.run_page import without_predictions
 from pskd.report.table import Table
+from pskd.words import counted
 
 
 def compare_page(runs: Sequence[Path], table: Table, output: Path, bins: int | None) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from pskd.evaluation.bootstrap import SEED
 from pskd.evaluation.predictions import Figures, Part
 from pskd.metrics import MEASURES
-from pskd.progress import counted
 from pskd.report.table import MEASURE_COLUMNS, markdown
+from pskd.words import counted
 
 
 def table(figures: Figures) -> str:

@@ -13,7 +13,6 @@ from pskd.command_line import resolve
 from pskd.errors import PskdError
 from pskd.files import named_by, write_atomically
 from pskd.metrics import Records
-from pskd.progress import counted
 from pskd.report import figures, points
 from pskd.report.origin import published, yaml_value
 from pskd.report.page import Code, Drawing, Part, Section, Text, page
@@ -21,6 +20,7 @@ from pskd.report.run_files import Line, RunFiles, read
 from pskd.report.table import MEASURE_COLUMNS, Table
 from pskd.run_records import changes
 from pskd.run_status import standing
+from pskd.words import counted
 
 if TYPE_CHECKING:  # at run time, only figures.py says what is missing
     from matplotlib.figure import Figure

@@ -20,10 +20,10 @@ import torch
 from paired import table
 from store import BATCH, CLASSES, make_store, predictions
 
-from pskd.progress import readable_bytes
 from pskd.store.format import Entry
 from pskd.store.generation import Generation
 from pskd.store.registry import create_encoding
+from pskd.words import readable_bytes
 
 GPUS = 8  # of a node
 NODE_IMAGES_PER_S = 16_000
