@@ -35,11 +35,12 @@ pytestmark = [
     needs_ip,
 ]
 LOOP = [str(ROOT / "scripts/run_until_done.sh")]
+EPOCHS = 12  # a signal takes a second to come through ssh, four epochs less
 COMMON = (
     "--method.name=pskd",
     "--model.name=preact_resnet8_w16",
     "--train.batch_size=32",
-    "--train.epochs=4",
+    f"--train.epochs={EPOCHS}",
     "--schedule.milestones=[3]",
     "--checkpoint.every_steps=3",
     "--run.threads=1",
@@ -149,7 +150,7 @@ def test_two_hosts_train_what_one_does(
     assert job.wait() == [0, 0], job.output()
     found = disk_of(run_dir, private)
     assert result(found)["weights_sha256"] == on_one_host(data)
-    assert len(metrics(found)) == 4
+    assert len(metrics(found)) == EPOCHS
 
 
 def test_a_first_host_whose_own_name_is_loopback_is_named_by_its_address(hosts, tmp_path):
@@ -275,7 +276,7 @@ def test_pdsh_starts_both_hosts_from_one(pdsh, flags_of, on_one_host, private, d
     job, found = pdsh(flags_of[data], private)
     assert job.wait() == [0], job.output()
     assert result(found)["weights_sha256"] == on_one_host(data)
-    assert len(metrics(found)) == 4
+    assert len(metrics(found)) == EPOCHS
 
 
 @needs_pdsh
