@@ -70,6 +70,11 @@ _OF_KIND = {
 }
 
 
+def is_empty(argv: list[str]) -> bool:
+    """Whether nothing is given but what a launcher adds."""
+    return _split(argv) == (None, [], [])
+
+
 def load(argv: list[str]) -> Config:
     """Parse and check a command line.
 

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     from pskd import command_line  # noqa: PLC0415
 
     try:
-        if not argv:
+        if command_line.is_empty(argv):
             raise PskdError(
                 "nothing is given to train: --recipe NAME is the least (`pskd recipes` lists "
                 "them; digits-pskd needs no data). See --help."

@@ -64,12 +64,7 @@ class Job:
         config = self.config
         threads = world.set_threads(config.run.threads, here)
         compare_configurations(config, here)
-        if late := [epoch for epoch in config.schedule.milestones if epoch >= config.train.epochs]:
-            log.info(
-                "schedule.milestones: %s are not reached in %s, the rate does not drop there",
-                late,
-                counted(config.train.epochs, "epoch"),
-            )
+        _say_what_is_not_reached(config)
         with here.together():
             if here.rank == 0:
                 tracking.check(config.tracking)
@@ -101,6 +96,16 @@ class Job:
             log.error("error: %s%s", where, failure.reason)
         else:
             launch.leave_the_last_word()
+
+
+def _say_what_is_not_reached(config: Config) -> None:
+    late = [epoch for epoch in config.schedule.milestones if epoch >= config.train.epochs]
+    if late and config.schedule.name == "step":
+        log.info(
+            "schedule.milestones: %s are not reached in %s, the rate does not drop there",
+            late,
+            counted(config.train.epochs, "epoch"),
+        )
 
 
 def compare_configurations(config: Config, here: World) -> None:

@@ -1,6 +1,7 @@
 """The `pskd` command."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pskd import entry
+from pskd import command_line, entry, job
 from pskd.cli import main
 from pskd.metrics import summarize
 
 
-def test_a_train_without_arguments_is_told_what_is_the_least(capsys):
-    assert entry.main([]) == 1
+@pytest.mark.parametrize("argv", [[], ["--local_rank=0"]])  # the second by deepspeed
+def test_a_train_without_arguments_is_told_what_is_the_least(capsys, argv):
+    assert entry.main(argv) == 1
     assert capsys.readouterr().err.startswith("error: nothing is given to train: --recipe NAME")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--schedule.milestones=[2,3,9]"], "[3, 9] are not reached in 3 epochs"),
+        (["--schedule.milestones=[1,2]"], None),
+        (["--schedule.milestones=[]"], None),
+        (["--schedule.name=cosine"], None),  # the default's are read by nobody then
+    ],
+)
+def test_milestones_that_are_not_reached_are_said(caplog, flags, says):
+    caplog.set_level(logging.INFO, "pskd")
+    job._say_what_is_not_reached(command_line.load(["--train.epochs=3", *flags]))
+    assert [says in message for message in caplog.messages] == ([] if says is None else [True])
 
 
 @pytest.fixture
