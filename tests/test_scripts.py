@@ -1,8 +1,10 @@
 """The scripts around recipes: a table reproduced, Tiny-ImageNet unpacked."""
 
+import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -172,6 +174,38 @@ def test_scripts_explain_themselves(name):
     done = run_script(name, "--help")
     assert done.returncode == 0, done.stderr
     assert f"scripts/{name}" in done.stdout
+
+
+def test_what_the_tests_need_is_enough_for_training_and_not_installed_again(tmp_path):
+    """Until a requirement changes: then the interpreter is asked for, which is a bad one here."""
+    for name in ("setup.sh", "common.sh"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    for name in ("pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    texts = [(tmp_path / name).read_bytes() for name in ("pyproject.toml", "requirements.lock")]
+    (tmp_path / ".venv").mkdir()
+    stamp = tmp_path / ".venv" / ".installed-cu13,report,dev"
+    stamp.write_text(f"{hashlib.sha256(b''.join(texts)).hexdigest()}  -\n")
+
+    def set_up(*extras):
+        return subprocess.run(
+            [tmp_path / "scripts" / "setup.sh", *extras],
+            env={**os.environ, "PYTHON": "false", "PSKD_CUDA": "cu13", "PSKD_BIN": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    for extras in ((), ("dev",)):
+        done = set_up(*extras)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (tmp_path / "requirements.lock").write_bytes(texts[1] + b"# changed\n")
+    assert "false is older than 3.11" in set_up().stderr
+    (tmp_path / "requirements.lock").write_bytes(texts[1])
+    stamp.rename(stamp.with_name(".installed-cu13,report"))
+    assert set_up().returncode == 0
+    assert "false is older than 3.11" in set_up("dev").stderr  # the tests need more
 
 
 def test_without_slurm_its_script_says_who_runs_it():
