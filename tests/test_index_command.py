@@ -26,6 +26,7 @@ def test_the_command_reports_what_it_found(folder, capsys):
     image(folder / "class001/large.png", (640, 480))
     for name in ("a.avif", "b.AVIF", "notes.txt", "README", ".hidden.avif", "x.psk"):
         (folder / "class000" / name).touch()
+    (folder / "LICENSE").touch()
     assert main(["index", str(folder)]) == 0
     out, err = capsys.readouterr()
     index = open_index(folder / NAME, folder)
@@ -36,7 +37,7 @@ def test_the_command_reports_what_it_found(folder, capsys):
         "  largest      640x480, class001/large.png",
         f"  fingerprint  {index.fingerprint}",
         f"  index        {folder}/{NAME}",
-        "  no images    by their names, not read: .avif 2, .psk 1, .txt 1, no extension 1",
+        "  no images    by their names, not read: .avif 2, .psk 1, .txt 1, no extension 2",
     ]
     assert err == ""
     (folder / "class001/bad.jpg").touch()

@@ -113,7 +113,7 @@ def _report(index: Index, verified: bool) -> str:
         f"  fingerprint  {index.fingerprint}",
         f"  index        {index.file}",
     ]
-    if others := other_files(index.root):
+    if others := other_files(index.root, index.snapshot):
         kinds = ", ".join(f"{shown(kind)} {count}" for kind, count in others.items())
         lines.append(f"  no images    by their names, not read: {kinds}")
     if index.dropped:

@@ -57,21 +57,6 @@ def is_image(name: bytes) -> bool:
     return not name.startswith(b".") and name.lower().endswith(EXTENSIONS)
 
 
-def other_files(root: Path) -> dict[str, int]:
-    """How many files below the root are no images by their names, by extension; hidden ones apart.
-
-    "no extension" stands for those without one. Of folders that cannot be listed, nothing.
-    """
-    counts: Counter[str] = Counter()
-    for _, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in map(os.fsencode, files):
-            if not name.startswith(b".") and not is_image(name):
-                extension = os.path.splitext(as_text(name))[1].lower()  # noqa: PTH122
-                counts[extension or "no extension"] += 1
-    return dict(sorted(counts.items()))
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """How the directories looked when they were listed.
@@ -220,6 +205,24 @@ def walk(
     yield relative, images, status.st_mtime_ns
     for name in below:
         yield from walk(root, b"%b/%b" % (relative, name), (*above, identity))
+
+
+def other_files(root: Path, snapshot: Snapshot) -> dict[str, int]:
+    """How many files are no images by their names, by extension, where images were looked for.
+
+    Hidden ones do not count; "no extension" stands for those without one.
+
+    Raises:
+        PskdError: a folder cannot be listed.
+    """
+    names = [b"", *(as_bytes(name) for name, _, _ in snapshot.directories)]
+    counts: Counter[str] = Counter()
+    for name in names:
+        for entry in entries(os.path.join(os.fsencode(root), name)):  # noqa: PTH118
+            if not (entry.name.startswith(b".") or is_image(entry.name) or is_directory(entry)):
+                extension = os.path.splitext(as_text(entry.name))[1].lower()  # noqa: PTH122
+                counts[extension or "no extension"] += 1
+    return dict(sorted(counts.items()))
 
 
 def _digest(names: list[bytes]) -> str:
