@@ -161,9 +161,8 @@ def _check_room(run: Accepted, engine: Engine) -> None:
 def _initialise(model: nn.Module, run: Accepted) -> None:
     """The weights that training begins with, if a file names them."""
     section, here = run.config.model, run.here
-    begun = here.broadcast(Checkpoints(run.directory.checkpoints).exist())
-    adopts = here.broadcast(run.origin is not None)
-    if section.init is not None and not begun and not adopts:  # else a checkpoint has the weights
+    begun = run.origin is not None or Checkpoints(run.directory.checkpoints).exist()
+    if section.init is not None and not here.broadcast(begun):  # else a checkpoint has the weights
         with here.together():
             initialise(model, section.name, section.init, section.new_head)
         found = here.gather(weights_sha256(model))

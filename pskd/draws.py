@@ -63,7 +63,8 @@ def windows(
     ratio: Sequence[float],
     view: str = "",
 ) -> npt.NDArray[np.int32]:
-    """Random windows of an image, as torchvision's RandomResizedCrop distributes them.
+    """Random windows of an image, as torchvision's RandomResizedCrop distributes them: where no try
+    fits, the largest central one of an allowed ratio.
 
     int32 (B, 4): y, x, height, width, in pixels. scale: share of the area, uniform. ratio: width
     by height, uniform in its logarithm. Stream "crop".

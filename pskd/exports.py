@@ -69,7 +69,9 @@ class Exports:
             )
 
     def _find(self, path: Path, best: dict[str, Any] | None) -> bool:
-        """Whether `path` holds the weights of that line, perhaps of a copy; else it is removed."""
+        """Whether `path` holds the weights of that line, at the latest after they were copied there
+        from another file; else it is removed. best: a line of metrics.jsonl.
+        """
         if best is None:
             path.unlink(missing_ok=True)
             return False

@@ -179,7 +179,8 @@ class Trainer:
         lr = self._lr(epoch, step)
         losses, rows, first = [], [], 0
         strangers: list[int] = []
-        absent, bad = 0, list[int]()
+        bad: list[int] = []
+        absent = 0
         for micro in micros:
             part = slice(first, first + len(micro.ids_B))
             first = part.stop

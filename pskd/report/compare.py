@@ -22,8 +22,9 @@ def comparison(runs: Sequence[Path]) -> Table:
     Raises:
         PskdError: a directory holds no complete run.
     """
-    rows = [_row(run, label) for run, label in zip(runs, labels(runs), strict=True)]
+    names = labels(runs)
     known = [published(saved_settings(run)) for run in runs]
+    rows = [_row(*each) for each in zip(runs, names, known, strict=True)]
     return Table(["run", "epochs", *_titles(known), "best top-1 error % (epoch)"], rows)
 
 
@@ -119,10 +120,9 @@ def _measured_on(run: Path) -> str:
     return f"{text}, {counted(len(about['class_names']), 'class')}"
 
 
-def _row(run: Path, label: str) -> list[str]:
+def _row(run: Path, label: str, known: Mapping[str, float]) -> list[str]:
     result = _result(run)
     last, best = result["last"], result["best"]
-    known = published(saved_settings(run))
     best_cell = f"{best['top1_error']:.2f} ({best['epoch'] + 1})"
     return [label, str(last["epoch"] + 1), *_cells([last], known), best_cell]
 
