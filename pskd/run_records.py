@@ -100,7 +100,10 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
     if starts is None:
         return []
     whole = isinstance(starts, list) and all(
-        isinstance(start, dict) and isinstance(start.get("facts"), dict) for start in starts
+        isinstance(start, dict)
+        and isinstance(start.get("facts"), dict)
+        and isinstance(start.get("start"), int)
+        for start in starts
     )
     if not whole or not starts:
         path = run / "env.json"

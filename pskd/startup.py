@@ -156,7 +156,9 @@ def _refuse_the_end(origin: Origin, config: Config) -> None:
     """A run that ends before it begins would have measures of other weights than its own."""
     position = Position.of(origin.checkpoint.name)
     if position > (config.train.epochs, 0):
-        where = f"in epoch {position.epoch + 1}" if position.step else f"after {position.epoch}"
+        where = f"in epoch {position.epoch + 1}"
+        if position.step == 0:
+            where = f"after epoch {position.epoch}"
         raise PskdError(
             f"run.resume {origin.checkpoint} lies {where}, and train.epochs is "
             f"{config.train.epochs}: name an earlier checkpoint, or train for more epochs."
@@ -169,7 +171,7 @@ def _refuse_other_weights(origin: Origin, config: Config) -> None:
     if changes and config.model.init is not None:
         raise PskdError(
             f"run.resume {origin.checkpoint}: {changes[0]}, but the weights are the checkpoint's. "
-            "Leave one of the two out."
+            "Leave out --model.init, or --resume."
         )
 
 

@@ -108,6 +108,7 @@ AGAIN, COPY = "Remove it: `train.py --run.dir", "Restore it from a copy"
         ("preprocessing.json", "", AGAIN),
         ("preprocessing.json", "{}", AGAIN),
         ("env.json", "[1]", COPY),
+        ("env.json", '[{"facts": {}}]', COPY),
         ("config.yaml", "a: [b", COPY),
         ("config.yaml", "- a", COPY),
     ],

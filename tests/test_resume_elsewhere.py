@@ -327,7 +327,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("name", "where"),
-        [("000001-00000003", "in epoch 2"), (f"{EPOCHS:06d}-00000000", "after 3")],
+        [("000001-00000003", "in epoch 2"), (f"{EPOCHS:06d}-00000000", "after epoch 3")],
     )
     def test_a_run_that_ends_before_the_checkpoint(self, jobs, tmp_path, source, name, where):
         checkpoint = source / "checkpoints" / name
@@ -339,7 +339,8 @@ class TestRefusals:
         weights = source / "models" / f"checkpoint_{EPOCHS}.pth"
         flags = (*FLAGS, "--model.init", weights, "--resume", source / "checkpoints" / MIDDLE)
         message = self.refusal(jobs, tmp_path / "new", *flags)
-        assert f"model.init was None, now {weights}, but the weights are" in message
+        assert f"model.init was None, now {weights}, but the weights are the" in message
+        assert message.endswith("Leave out --model.init, or --resume.")
 
     def test_other_groups_of_parameters(self, jobs, tmp_path, source):
         """Nothing of the refused start is in the way of what the message says to do."""
